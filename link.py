@@ -430,6 +430,9 @@ def _check_relations(config: Config) -> None:
     for wrong, message in checks:
         if wrong:
             raise ConfigError(message)
+    for key in ("zookeeper_tls_ca", "zookeeper_tls_cert", "zookeeper_tls_key", "tls_cert", "tls_key"):
+        if (path := getattr(c, key)) and not os.access(path, os.R_OK):
+            raise ConfigError(f"{key}: {path} cannot be read; name a PEM file that this user may read")
     _check_listen(config)
     _check_ips(config)
 
@@ -764,7 +767,7 @@ IFF_UP, IFF_NOARP, IFF_LOWER_UP = 0x1, 0x80, 0x10000  # <linux/if.h>
 IFA_F_NODAD, IFA_F_NOPREFIXROUTE = 0x02, 0x200  # <linux/if_addr.h>
 IFA_PROTO_LINK = 0x4C  # marks our addresses (IFA_PROTO, Linux 5.18): never touch one that LinK did not add
 RTMGRP = 0x1 | 0x10 | 0x100  # link, IPv4 and IPv6 address groups, <linux/rtnetlink.h>
-SO_ATTACH_FILTER = 26
+SO_ATTACH_FILTER, SO_RCVBUFFORCE = 26, 33  # <asm-generic/socket.h>
 # Classic BPF: IPv6, next header ICMPv6, type 135 or 136 (neighbour solicitation, advertisement).
 ND_FILTER = (
     *((0x30, 0, 0, 20), (0x15, 0, 4, 58), (0x30, 0, 0, 54), (0x15, 1, 0, 135), (0x15, 0, 1, 136)),
@@ -844,6 +847,7 @@ class Network:
         self._packets, self._index = [], index
         for protocol in (0, ETH_P_ARP, ETH_P_IPV6) if index else ():
             sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
+            sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 23)  # a thousand IPs may answer at once
             if protocol == ETH_P_IPV6:
                 _attach(sock, ND_FILTER)
                 everyone = struct.pack("iHH8s", index, 2, 0, b"")  # struct packet_mreq, PACKET_MR_ALLMULTI
@@ -1471,7 +1475,8 @@ class Look(Enum):
     SLOW = 1  # one per second and holder: the second and later standbys
     FAST = 2  # one stream of probes per holder: the first standby, and all where ZooKeeper is silent
     DOUBT = 3  # one VIP after the other, by broadcast: bound without a lock, or with a rival
-    ALL = 4  # broadcast for this VIP itself: nothing is known of a holder, or we are letting go
+    MEET = 4  # one VIP after the other, unicast: the holder has not answered for it in this term
+    ALL = 5  # broadcast for this VIP itself: nothing is known of a holder, or we are letting go
 
 
 @dataclass
@@ -1536,7 +1541,8 @@ class Prober:
         silent: list[Managed] = []
         for stream in self._streams.values():
             if now >= stream.next_at:
-                ask = self._ask_all if stream.look is Look.ALL else self._ask_one if stream.mac else self._ask_in_turn
+                rates = stream.mac and stream.look in (Look.FAST, Look.SLOW)
+                ask = self._ask_all if stream.look is Look.ALL else self._ask_one if rates else self._ask_in_turn
                 silent += ask(stream, now)
         self.due = min((s.next_at for s in self._streams.values()), default=float("inf"))
         return silent
@@ -1558,14 +1564,15 @@ class Prober:
         return silent
 
     def _ask_in_turn(self, stream: Stream, now: float) -> list[Managed]:
-        """One broadcast for one VIP: whoever may have it is not known."""
+        """One question for one VIP; no verdict over the others follows."""
         stream.target += 1
         managed = stream.member()
         hearing = managed.hearing
         silent = hearing.pending and hearing.misses == self.count - 1
         hearing.misses, hearing.pending = min(self.count, hearing.misses + hearing.pending), True
-        self._send((managed.frames.ask_all,) if managed.frames else ())
-        stream.next_at = now + (DOUBT if stream.look is Look.DOUBT else SLOW)
+        if managed.frames:
+            self._send([stream.mac + managed.frames.ask_one[6:] if stream.mac else managed.frames.ask_all])
+        stream.next_at = now + {Look.DOUBT: DOUBT, Look.MEET: 4 * self.interval}.get(stream.look, SLOW)
         return [managed] if silent else []
 
     def _ask_one(self, stream: Stream, now: float) -> list[Managed]:
@@ -1583,7 +1590,7 @@ class Prober:
             for managed in stream.members:
                 managed.hearing.pending = True
                 self._send((managed.frames.ask_all,) if managed.frames else ())
-            stream.next_at = now + self.interval / 2
+            stream.next_at = now + self.interval / 2 + len(stream.members) * 0.0003  # all of them have to answer
         else:
             frames = stream.member().frames
             stream.member().hearing.pending = True
@@ -1625,9 +1632,11 @@ class Prober:
 ################################################################################
 
 LATE = 1.0  # a loop this late (stopped, suspended, starved) looks first and acts after
+SLICE = 0.02  # seconds the loop decides before it listens again
 TICK = 1.0  # everything is decided again this often: level-triggered
 JOIN_LATER = 2.0  # a host that hears another one have the IP gives it so long to join an empty queue first
 BACKOFF = (1.0, 60.0)  # doubled by each take-over that was contested, up to this many seconds without another
+ALONE = 10.0  # a host that hears nobody at all, nor ZooKeeper, takes an IP only after so many seconds
 LINGER = 0.05  # seconds an address stays after its new holder is heard: requests are still on their way to the old one
 
 
@@ -1697,12 +1706,14 @@ class Agent:
         self.since = self.clock.stamp()
         self.vips: dict[str, Managed] = {}
         self._dirty: set[str] = set()
+        self._muted: set[str] = set()  # bound, and not announced because nobody was heard at all
         self._link, self._kernel, self._own = Link(), dict[Address, bool](), dict[int, str]()
         self._peers: dict[str, Record] = {}  # the last known records of the other hosts
         self._witnesses: dict[str, float] = {}  # address -> when it last answered
         self._trust_after = float("-inf")  # what ZooKeeper said before does not count any more
         self._rearrange = False
-        self._suspected_at = float("-inf")
+        self._suspected_at = self._heard_at = float("-inf")
+        self._began_at = self.clock.now()
         self._synced_at = float("-inf")
         self._save_at: float | None = None
         self.stopping: float | None = None
@@ -1755,12 +1766,12 @@ class Agent:
         for ip in [ip for ip, ours in self._kernel.items() if ours and str(ip.ip) not in vips]:
             log.warning("%s was left by an earlier process and is not configured: removed", ip)
             self._unbind(ip)
-        for vip in vips.values():
-            self._manage(vip, State(saved.get("states", {}).get(vip.address, State.FAILING)))
-        if self.coordinator:
+        if self.coordinator:  # first: it connects while the frames are built
             number, password = saved.get("session") or (None, "")
             session = (number, bytes.fromhex(password)) if number else None
             self.coordinator.start(session, self._record())
+        for vip in vips.values():
+            self._manage(vip, State(saved.get("states", {}).get(vip.address, State.FAILING)))
         self._find_witnesses()
         self._tick()
         self._ping()
@@ -1805,11 +1816,14 @@ class Agent:
         return self._stopped(now)
 
     def _settle(self) -> None:
-        """Decide again for every VIP about which something is new."""
-        while self._dirty:
+        """Decide again for every VIP about which something is new; in slices, so that the wire is heard meanwhile."""
+        began = self.clock.now()
+        while self._dirty and self.clock.now() - began < SLICE:
             managed = self.vips.get(self._dirty.pop())
             if managed:
                 self._reconcile(managed)
+        if self._dirty:
+            self.at(began, lambda: None)
         if self._rearrange:
             self._rearrange = False
             self.prober.arrange(((m, *m.look) for m in self.vips.values()), self.clock.now())
@@ -1819,18 +1833,22 @@ class Agent:
         for _ in self.network.receive():
             pass  # heard while nobody listened: too old to mean anything
         self.prober.distrust()
-        self._verify()
+        self._distrust()
 
-    def _verify(self) -> None:
-        """What we remember may be old (late loop, link up, reconnect): bound addresses are looked for on the wire."""
+    def _distrust(self) -> None:
+        """What we remember may be old (late loop, link up): ask ZooKeeper and the wire before acting on it."""
         self._trust_after = self.clock.now()
-        for managed in self.vips.values():
-            if self._bound(managed):
-                managed.verify = True
-                self.prober.restart(managed)
+        self._verify(self.vips.values())
         self._dirty.update(self.vips)
         if self.coordinator:
             self.coordinator.ping()
+
+    def _verify(self, doubtful: Iterable[Managed]) -> None:
+        for managed in doubtful:
+            if self._bound(managed):
+                managed.verify = True
+                self.prober.restart(managed)
+                self._dirty.add(managed.vip.address)
 
     def _tick(self) -> None:
         self._dirty.update(self.vips)
@@ -1898,9 +1916,15 @@ class Agent:
                 return Wire.BLIND
             silence = (Wire.SILENT if self._hears() else Wire.BLIND) if asked_enough else Wire.LOOKING
             return Wire.ANSWERED if hearing.fresh(self.clock.now()) else silence
-        if asked_enough and (managed.state is not State.FAILING or self._judged(managed)):
+        if asked_enough and (managed.state is not State.FAILING or self._judged(managed)) and self._not_deaf(managed):
             return Wire.SILENT
-        return Wire.ANSWERED if hearing.mac else Wire.LOOKING
+        return Wire.ANSWERED if hearing.mac and not asked_enough else Wire.LOOKING
+
+    def _not_deaf(self, managed: Managed) -> bool:
+        """Without ZooKeeper: who hears no witness and not one frame is deaf, or alone. Then it does not matter soon."""
+        now, contenders = self.clock.now(), self._contenders(managed)
+        hears = now - self._heard_at <= ALONE / 2 or self._hears(contenders[0].host if contenders else "")
+        return hears or now - max(managed.hearing.at, self._began_at) > ALONE
 
     def _hears(self, accused: str = "") -> bool:
         """Whether this host can hear at all: a witness other than the accused answered just now, or there is none."""
@@ -2077,13 +2101,19 @@ class Agent:
             if lock is Lock.OTHER or managed.verify or (lock is not Lock.MINE and hearing.fresh(self.clock.now())):
                 return Look.ALL, b""
             return (Look.NONE if lock is Lock.MINE and not hearing.fresh(self.clock.now()) else Look.DOUBT), b""
-        contenders = self._contenders(managed)
-        mac = hearing.mac or bytes.fromhex(self._mac_of(contenders[0].host).replace(":", "") if contenders else "")
-        alone = lock is Lock.UNKNOWN or (lock is Lock.NOBODY and managed.state is State.FAILING)
-        if not mac:
-            return (Look.ALL if alone and hearing.misses < self.config.probe_count else Look.SLOW), b""
+        return self._look_for_holder(managed, lock)
+
+    def _look_for_holder(self, managed: Managed, lock: Lock) -> tuple[Look, bytes]:
+        hearing, contenders = managed.hearing, self._contenders(managed)
         first = len(contenders) > 1 and self._mine(contenders[1])
-        return (Look.FAST if alone or first else Look.SLOW), mac
+        if lock is Lock.UNKNOWN or (lock is Lock.NOBODY and managed.state is State.FAILING):
+            if hearing.mac:
+                return Look.FAST, hearing.mac
+            return (Look.ALL if hearing.misses < self.config.probe_count else Look.SLOW), b""
+        if hearing.mac and first:
+            return Look.FAST, hearing.mac
+        mac = hearing.mac or bytes.fromhex(self._mac_of(contenders[0].host).replace(":", "") if contenders else "")
+        return (Look.MEET if first and mac else Look.SLOW), mac
 
     def _apply(self, managed: Managed, wanted: bool) -> None:
         """Bind, then announce; cancel announcements, then unbind."""
@@ -2161,7 +2191,9 @@ class Agent:
     def _announce_next(self, managed: Managed, schedule: int, sent: int) -> None:
         if schedule != managed.schedule or not self._bound(managed) or managed.frames is None:
             return
-        if not managed.verify:
+        if self._lock(managed) is not Lock.MINE and ALONE / 2 < self.clock.now() - self._heard_at < float("inf"):
+            self._muted.add(managed.vip.address)  # maybe this host is deaf: who follows it would be lost
+        elif not managed.verify:
             # Later ones also ask: a killed agent's kernel may still have the address, and clients must follow us.
             self.network.send((*managed.frames.announce, managed.frames.ask_all)[: None if sent > 1 else -1])
         pause = self.config.announce_interval * random.uniform(0.9, 1.1)
@@ -2188,6 +2220,10 @@ class Agent:
     def _heard(self, heard: Heard) -> None:
         if heard.mac == self._link.mac:
             return
+        self._heard_at = self.clock.now()
+        if self._muted:
+            self._verify([self.vips[address] for address in self._muted if address in self.vips])
+            self._muted.clear()
         if heard.address in self._witnesses and not heard.asks:
             self._witnesses[heard.address] = self.clock.now()
         managed = self.vips.get(heard.address)
@@ -2226,9 +2262,6 @@ class Agent:
         if now - managed.rival_at > 10 * RIVAL_FRESH or managed.rival != _mac_text(mac):
             managed.conflicts += 1
             managed.rival, managed.rival_at = _mac_text(mac), now
-            self._suspect_all(now)
-            if self.coordinator:
-                self.coordinator.ping()  # is the lock still ours?
             who = "a contender" if contender else "a foreign host"
             log.log(
                 logging.INFO if contender else logging.WARNING,
@@ -2238,6 +2271,10 @@ class Agent:
                 who,
             )
         managed.rival_at = now
+        if not managed.hearing.fresh(now):
+            self._suspect_all(now)
+            if self.coordinator:
+                self.coordinator.ping()  # is the lock still ours?
         better = self._link.mac < mac and not managed.hearing.fresh(self.clock.now())  # say so once, then see
         holds = managed.state is State.ACTIVATED and managed.intent is Intent.RUN  # who lets go does not defend
         if holds and (self._lock(managed) is Lock.MINE or not contender or better):
@@ -2319,7 +2356,7 @@ class Agent:
         if self.coordinator:
             self.coordinator.publish(self._record())
         if self._link.up and not old.up:
-            self._verify()
+            self._distrust()
         elif self._link.mac != old.mac:
             for managed in self.vips.values():
                 self._announce(managed)
@@ -2804,7 +2841,10 @@ class Server(http.server.ThreadingHTTPServer):
         """In a new thread, if one is free."""
         if not self._free.acquire(blocking=False):
             with contextlib.suppress(OSError):
-                request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                request.send(
+                    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+                    b'Content-Length: 18\r\nConnection: close\r\n\r\n{"error": "busy"}\n'
+                )
             self.shutdown_request(request)
             return
         super().process_request(request, client_address)

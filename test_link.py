@@ -400,7 +400,7 @@ def test_a_virtual_ip_is_stored_and_read_back_unchanged():
 ################################################################################
 
 
-@table("depth, wanted", enumerate([("/var/lib/link", 1000), ("file", 7), ("environment", 8), ("flag", 9)]))
+@table("depth, wanted", [*enumerate([("/var/lib/link", 1000), ("file", 7), ("environment", 8), ("flag", 9)])])
 def test_flags_beat_the_environment_beats_the_file_beats_the_default(tmp_path, monkeypatch, depth, wanted):
     path = tmp_path / "link.yml"
     path.write_text("interface: eth0\n" + ("state_dir: file\nmax_ips: 7\n" if depth > 0 else ""))
@@ -468,7 +468,8 @@ def test_a_wrong_value_is_refused_naming_the_key_and_the_remedy(key, value, reme
 BAD_FILES = {
     b"interfaces: eth0": "unknown key 'interfaces'; see link.py --help", b"1: eth0": "unknown key 1",
     b"- interface": "mapping", b"eth0": "mapping", b"interface: [": "not valid YAML",
-    b"interface: !!python/object:os.system {}": "not valid YAML", b"interface: \xff": "cannot be read", None: "cannot be read",
+    b"interface: !!python/object:os.system {}": "not valid YAML", b"interface: \xff": "cannot be read",
+    None: "cannot be read",
 }  # fmt: skip
 
 
@@ -672,6 +673,9 @@ def test_ips_are_kept_privately_and_without_left_overs(tmp_path):
     store.save_ips(some_vips(3))
     store.save_session({"states": {}})
     assert store_in(tmp_path).load_ips() == some_vips(3)
+    with open(tmp_path / "ips.json", encoding="utf-8") as old:
+        store.save_ips(some_vips(2))
+        assert len(json.load(old)["ips"]) == 3  # a new file took its place; it was not written over
     assert {(path.name, path.stat().st_mode & 0o777) for path in tmp_path.iterdir()} == {
         ("ips.json", 0o600),
         ("session.json", 0o600),
@@ -931,7 +935,8 @@ class ByHand(link.Clock):
 
     def __init__(self, state_dir: Path, network: FakeNetwork | None = None, check: Any = link.run_check, **config: Any):
         self.network, self.time = network or FakeNetwork(), 1000.0
-        self.agent = link.Agent(config_of(state_dir, **config), self.network, None, clock=self, check=check)
+        connect = FakeCoordinator if config.get("zookeeper") else None
+        self.agent = link.Agent(config_of(state_dir, **config), self.network, connect, clock=self, check=check)
         self.agent.start()
         self.run(0.01)
 
@@ -952,7 +957,7 @@ CHECKED = {"ips": [{"ip": VIP, "checks": [RIGHT_CHECK], "healthcheck_interval": 
 
 
 def test_an_address_is_bound_then_announced_and_at_a_delete_unbound_and_announced_no_more(tmp_path):
-    one = ByHand(tmp_path)
+    one = ByHand(tmp_path, zookeeper="zk:2181")
     one.agent.add_ip({"ip": VIP})
     one.run(20)
     assert one.network.did("add", "announce") == [f"add {VIP}"] + ["announce 10.0.0.10"] * 2 * 6
@@ -963,7 +968,7 @@ def test_an_address_is_bound_then_announced_and_at_a_delete_unbound_and_announce
 
 
 def test_an_address_removed_by_hand_is_back_and_announced_within_a_second(tmp_path):
-    one = ByHand(tmp_path, **ONE)
+    one = ByHand(tmp_path, **ONE, zookeeper="zk:2181")
     one.run(0.05)
     one.network.done.clear()
     del one.network.kernel[ipaddress.ip_interface(VIP)]
@@ -994,7 +999,7 @@ def test_an_address_that_cannot_be_bound_makes_the_ip_failing_until_it_can(tmp_p
 def test_without_zookeeper_an_address_is_taken_only_if_nobody_answers_for_it(tmp_path, answers):
     one = ByHand(tmp_path, FakeNetwork(arp=True), **ONE)
     for _ in range(30):
-        one.network.incoming += [link.Heard("10.0.0.10", OTHER_MAC, False, False)] * answers
+        one.network.incoming.append(link.Heard("10.0.0.10" if answers else "10.0.0.2", OTHER_MAC, False, False))
         one.run(0.05)
     assert one.network.did("ask")
     assert one.network.did("add", "announce")[:2] == ([] if answers else [f"add {VIP}", "announce 10.0.0.10"])
@@ -1190,7 +1195,7 @@ NOWHERE = ["vip-1", "10.0.0.99", "fd77::99", "10.0.0.10/24", "%00", "%ff%2f..%zz
 WRONG_CALLS = [
     *wrong(400, "invalid json", ("POST", "/ips", (b"", b"{", b"\xff", b"[" * 60000, b"nil")), ("PATCH", MINE, (b"{",))),
     *wrong(400, "invalid IP", ("POST", "/ips", [{"ip": ip} for ip in BAD_IPS + OWN])),
-    *wrong(400, "invalid IP", ("POST", "/ips", ([], b"null", 5, "10.0.0.11", {}, {**NEW, "colour": 1}, {**NEW, "id": "x"}))),
+    *wrong(400, "invalid IP", ("POST", "/ips", ([], b"null", 5, "x", {}, {**NEW, "colour": 1}, {**NEW, "id": "x"}))),
     *wrong(400, "invalid", ("POST", "/ips", [{**NEW, "healthcheck_interval": every} for every in BAD_INTERVALS])),
     *wrong(400, "invalid", ("POST", "/ips", [{**NEW, "checks": checks} for checks in BAD_CHECKS])),
     *wrong(400, "invalid", ("PATCH", MINE, [{"healthcheck_interval": every} for every in BAD_INTERVALS])),
@@ -1199,7 +1204,7 @@ WRONG_CALLS = [
     *wrong(409, "already exists", ("POST", "/ips", [{"ip": ip} for ip in (VIP, "10.0.0.10/24", "10.0.0.30")])),
     *wrong(409, "configured", ("PATCH", GIVEN, ({"healthchecks": []},)), ("DELETE", GIVEN, (None,))),
     *wrong(409, "no ZooKeeper", ("POST", f"{MINE}/lock", (None,)), ("POST", f"{MINE}/failover", (None, {}))),
-    *((method, f"/ips/{key}", {"healthchecks": []}, 404, "not found") for key in NOWHERE for method in ("GET", "PATCH", "DELETE")),
+    *((verb, f"/ips/{key}", {"checks": []}, 404, "not found") for key in NOWHERE for verb in ("GET", "PUT", "DELETE")),
     *(("POST", f"/ips/{key}/{word}", None, 404, "not found") for key in NOWHERE for word in ("lock", "failover")),
     *(("GET", path, None, 404, "not found") for path in ("/", "/ip", "/ipsx", "/version/1", "//", "/ips//lock")),
     *((method, "/nowhere", b"{", 404, "not found") for method in ("POST", "BREW", "OPTIONS", "HEAD")),
@@ -1275,7 +1280,7 @@ def test_more_ips_than_max_ips_are_refused(tmp_path):
 def test_without_the_password_every_answer_is_401(tmp_path):
     right = "Basic " + base64.b64encode("admin:geh€im:x".encode()).decode()
     with Served(tmp_path, user="admin", password="geh€im:x") as host:
-        for call in (("GET", "/ips", None), ("GET", "/nowhere", None), ("BREW", "/ips", None), ("POST", "/ips", b" " * 70000)):
+        for call in (("GET", "/ips", None), ("GET", "/x", None), ("BREW", "/ips", None), ("PUT", "/ips", b" " * 70000)):
             for given in ("", "Basic", "Basic !", right[:-4], right.replace("Basic", "Bearer"), right + "x", None):
                 status, body, headers = host.ask(*call, {"Authorization": given} if given is not None else {})
                 assert (status, body, headers["WWW-Authenticate"][:5]) == (401, {"error": "unauthorized"}, "Basic")

@@ -764,7 +764,7 @@ def read_frame(frame: bytes) -> Heard | None:
 ################################################################################
 
 IFF_UP, IFF_NOARP, IFF_LOWER_UP = 0x1, 0x80, 0x10000  # <linux/if.h>
-IFA_F_NODAD, IFA_F_NOPREFIXROUTE = 0x02, 0x200  # <linux/if_addr.h>
+IFA_F_NODAD, IFA_F_TENTATIVE, IFA_F_NOPREFIXROUTE = 0x02, 0x40, 0x200  # <linux/if_addr.h>
 IFA_PROTO_LINK = 0x4C  # marks our addresses (IFA_PROTO, Linux 5.18): never touch one that LinK did not add
 RTMGRP = 0x1 | 0x10 | 0x100  # link, IPv4 and IPv6 address groups, <linux/rtnetlink.h>
 SO_ATTACH_FILTER, SO_RCVBUFFORCE = 26, 33  # <asm-generic/socket.h>
@@ -796,6 +796,7 @@ class Network:
         self._index = 0
         self._ipr: Any = None
         self._packets: list[socket.socket] = []
+        self._tentative: set[Address] = set()
         self._saved: set[Address] = set()  # added by us on a kernel that does not keep IFA_PROTO
         self._hints = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
         self._hints.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
@@ -831,12 +832,15 @@ class Network:
     def _addresses(self, index: int) -> tuple[dict[Address, bool], dict[int, str]]:
         found: dict[Address, bool] = {}
         own: dict[int, str] = {}
+        self._tentative.clear()
         for msg in self._ipr.get_addr():
             if msg["index"] != index:
                 continue
             text = msg.get_attr("IFA_LOCAL") or msg.get_attr("IFA_ADDRESS")
             ip = ipaddress.ip_interface(f"{text}/{msg['prefixlen']}")
             found[ip] = msg.get_attr("IFA_PROTO") == IFA_PROTO_LINK or ip in self._saved
+            if msg.get_attr("IFA_FLAGS") & IFA_F_TENTATIVE:
+                self._tentative.add(ip)
             if (not found[ip] and ip.version == 4) or ip.is_link_local:
                 own.setdefault(ip.version, str(ip.ip))
         return found, own
@@ -858,6 +862,10 @@ class Network:
     def adopt(self, addresses: Iterable[str]) -> None:
         """Addresses an earlier process added, for kernels that do not keep IFA_PROTO."""
         self._saved.update(map(ipaddress.ip_interface, addresses))
+
+    def ready(self, ip: Address) -> bool:
+        """Whether the kernel takes packets for it: IPv6 is tentative for some milliseconds, even without DAD."""
+        return ip not in self._tentative
 
     def add(self, ip: Address, lifetime: int = 0) -> None:
         """Bind, or refresh the lifetime in seconds (0: for ever). Raises OSError.
@@ -1654,7 +1662,7 @@ class Managed:
     hearing: Hearing = field(default_factory=Hearing)
     look: tuple[Look, bytes] = (Look.NONE, b"")
     term: str = ""  # the holder's lock node
-    nodes: set[str] = field(default_factory=set)  # the queue as last seen
+    nodes: set[str] | None = None  # the others in the queue as last seen
     letting_go: float | None = None  # since when we wait to be relieved
     verify: bool = False  # bound, but look before trusting it
     adopted: bool = False  # bound by an earlier process, which has announced it
@@ -1915,10 +1923,17 @@ class Agent:
             if foreign:  # the lock is another program's: nobody will answer
                 return Wire.BLIND
             silence = (Wire.SILENT if self._hears() else Wire.BLIND) if asked_enough else Wire.LOOKING
-            return Wire.ANSWERED if hearing.fresh(self.clock.now()) else silence
-        if asked_enough and (managed.state is not State.FAILING or self._judged(managed)) and self._not_deaf(managed):
+            return Wire.ANSWERED if self._heard_now(managed) else silence
+        if asked_enough and self._last_resort(managed) and self._not_deaf(managed):
             return Wire.SILENT
         return Wire.ANSWERED if hearing.mac and not asked_enough else Wire.LOOKING
+
+    def _heard_now(self, managed: Managed) -> bool:
+        """Whether another host has the VIP; where we let go of it, only what was heard since then counts."""
+        now, hearing = self.clock.now(), managed.hearing
+        lets_go = managed.intent is not Intent.RUN or self._lock(managed) is Lock.OTHER
+        since = managed.letting_go if managed.letting_go is not None else now
+        return hearing.fresh(now) and (not lets_go or hearing.at >= since - 0.1)  # it may be heard before ZooKeeper is
 
     def _not_deaf(self, managed: Managed) -> bool:
         """Without ZooKeeper: who hears no witness and not one frame is deaf, or alone. Then it does not matter soon."""
@@ -1955,9 +1970,11 @@ class Agent:
             and self._hears(contenders[0].host)
         )
 
-    def _judged(self, managed: Managed) -> bool:
-        """Whether every check has run: before that nothing is known, and nobody is the last resort."""
-        return all(probe.ok or probe.fails >= self.config.health_check_fall for probe in managed.probes)
+    def _last_resort(self, managed: Managed) -> bool:
+        """A failing host waits for its checks' verdict, and a second more, so that a healthy one goes first."""
+        judged = all(probe.ok or probe.fails >= self.config.health_check_fall for probe in managed.probes)
+        silent_since = max(managed.hearing.at, self._began_at)
+        return managed.state is not State.FAILING or (judged and self.clock.now() - silent_since > 1.0)
 
     def _healthy(self, managed: Managed) -> str:
         """'' or why this host cannot serve the IP."""
@@ -2035,7 +2052,7 @@ class Agent:
             if term and not (hearing.fresh(now) and hearing.mac.hex(":") == self._mac_of(contenders[0].host)):
                 managed.hearing = Hearing()
             if lost and managed.intent is Intent.RUN:
-                managed.quiet_until = now + 1.0  # who lost its lock does not accuse back
+                managed.quiet_until = max(managed.quiet_until, now + 1.0)  # who lost its lock does not accuse back
 
     def _mac_of(self, host: str) -> str:
         return self._peers[host].mac if host in self._peers else ""
@@ -2121,6 +2138,8 @@ class Agent:
         if wanted and not bound and self._link.number and self.clock.now() >= managed.bind_at:
             if (not self.config.at_most_one or self._in_time()) and self._bind(managed):
                 managed.hearing = Hearing()
+                if ip.version == 6:
+                    self._sync()
                 self._announce(managed)
         elif bound and not wanted:
             managed.schedule += 1
@@ -2193,6 +2212,10 @@ class Agent:
             return
         if self._lock(managed) is not Lock.MINE and ALONE / 2 < self.clock.now() - self._heard_at < float("inf"):
             self._muted.add(managed.vip.address)  # maybe this host is deaf: who follows it would be lost
+        elif not self.network.ready(managed.vip.ip):
+            self._sync()
+            self.at(self.clock.now() + 0.005, self._announce_next, managed, schedule, sent)
+            return
         elif not managed.verify:
             # Later ones also ask: a killed agent's kernel may still have the address, and clients must follow us.
             self.network.send((*managed.frames.announce, managed.frames.ask_all)[: None if sent > 1 else -1])
@@ -2203,16 +2226,19 @@ class Agent:
             self.at(self.clock.now() + pause, self._announce_next, managed, schedule, sent + 1)
 
     def _defend(self, managed: Managed) -> None:
-        """Answer a rival's claim at once, then at most once a second (RFC 5227, section 2.4, asks for restraint)."""
+        """Answer a rival's claim at once and have the last word, when it must have yielded; then pause for a second.
+
+        RFC 5227, section 2.4, asks for such restraint.
+        """
         now = self.clock.now()
-        if managed.defended_at > now:
-            return
-        when = max(now, managed.defended_at + 1.0)
-        managed.defended_at = when
-        self.at(when, self._say, managed)
+        if now - managed.defended_at >= 1.0:
+            managed.defended_at = now
+            for pause in (0.0, 0.1, RIVAL_STAYS + 0.2):
+                self.at(now + pause, self._say, managed)
 
     def _say(self, managed: Managed) -> None:
-        if self._bound(managed) and managed.frames and not managed.verify and managed.state is State.ACTIVATED:
+        holds = managed.state is State.ACTIVATED and managed.intent is Intent.RUN  # who lets go does not defend
+        if holds and self._bound(managed) and managed.frames and not managed.verify:
             self.network.send(managed.frames.announce)
 
     # -- what comes in ---------------------------------------------------------
@@ -2237,6 +2263,8 @@ class Agent:
                 self.prober.restart(managed)
             if contender and heard.broadcast and self._bound(managed):
                 self._suspect_all(self.clock.now())
+                if self._wins(managed, heard.mac):
+                    self._defend(managed)
             return
         self._count_conflict(managed, heard.mac, contender)
         if contender:
@@ -2275,10 +2303,13 @@ class Agent:
             self._suspect_all(now)
             if self.coordinator:
                 self.coordinator.ping()  # is the lock still ours?
-        better = self._link.mac < mac and not managed.hearing.fresh(self.clock.now())  # say so once, then see
-        holds = managed.state is State.ACTIVATED and managed.intent is Intent.RUN  # who lets go does not defend
-        if holds and (self._lock(managed) is Lock.MINE or not contender or better):
+        if not contender or self._wins(managed, mac):
             self._defend(managed)
+
+    def _wins(self, managed: Managed, rival: bytes) -> bool:
+        """Whether the claim of this host is the better one: a confirmed lock, or without ZooKeeper the lower MAC."""
+        lock = self._lock(managed)
+        return lock is Lock.MINE or (lock is Lock.UNKNOWN and self._link.mac < rival)
 
     def _suspect_all(self, now: float) -> None:
         """Who has one of our addresses may have them all: ask once, at most once a second."""
@@ -2293,7 +2324,8 @@ class Agent:
         if c is None:
             return
         if address in self.vips:
-            self._welcome(self.vips[address])
+            if c.queue(address) is not None:
+                self._welcome(self.vips[address])
             self._dirty.add(address)
         if address:
             return
@@ -2312,7 +2344,7 @@ class Agent:
         """A contender that joins or rejoins may bring clients with stale caches (a healed partition): announce."""
         contenders = self._contenders(managed)
         nodes = {contender.node for contender in contenders if not self._mine(contender)}
-        if nodes - managed.nodes and self._lock(managed) is Lock.MINE:
+        if managed.nodes is not None and nodes - managed.nodes and self._lock(managed) is Lock.MINE:
             self._defend(managed)
         managed.nodes = nodes
         if managed.took and any(c.session == managed.took and c.node != managed.term for c in contenders):

@@ -860,6 +860,9 @@ class FakeNetwork:
     def changed(self) -> bool:
         return True
 
+    def ready(self, ip: Any) -> bool:
+        return True
+
     def gateways(self) -> list[str]:
         return []
 
@@ -953,7 +956,7 @@ class ByHand(link.Clock):
 
 
 ONE = {"ips": [{"ip": VIP}]}
-CHECKED = {"ips": [{"ip": VIP, "checks": [RIGHT_CHECK], "healthcheck_interval": 1}]}
+ONE_CHECKED = {"ips": [{"ip": VIP, "checks": [RIGHT_CHECK], "healthcheck_interval": 1}]}
 
 
 def test_an_address_is_bound_then_announced_and_at_a_delete_unbound_and_announced_no_more(tmp_path):
@@ -1011,7 +1014,7 @@ FALL_RISE = [(1, 1, "+-+-", "AFAF"), (3, 1, "--+--+---+", "FFAAAAAAFA"), (2, 3, 
 @table("fall, rise, results, states", FALL_RISE)
 def test_fall_failures_in_a_row_fail_an_ip_and_rise_passes_in_a_row_end_that(tmp_path, fall, rise, results, states):
     to_come, threads, seen = iter(results), threading.active_count(), ""
-    config = {**CHECKED, "health_check_fall": fall, "health_check_rise": rise}
+    config = {**ONE_CHECKED, "health_check_fall": fall, "health_check_rise": rise}
     one = ByHand(tmp_path, check=lambda *_: "" if next(to_come, "+") == "+" else "down", **config)
     for _ in results:
         until(lambda: threading.active_count() <= threads)
@@ -1028,7 +1031,7 @@ def test_a_check_that_hangs_fails_and_is_not_run_twice_at_a_time(tmp_path):
         runs.append(timeout)
         return "" if len(runs) == 1 or end.wait(20) else "late"
 
-    one = ByHand(tmp_path, check=check, **CHECKED, health_check_timeout=0.5, health_check_fall=2)
+    one = ByHand(tmp_path, check=check, **ONE_CHECKED, health_check_timeout=0.5, health_check_fall=2)
     until(lambda: threading.active_count() <= threads)
     one.run(0.5)
     assert one.ip()["status"] == "ACTIVATED"
@@ -1338,7 +1341,7 @@ def test_lock_takes_the_ip_and_failover_gives_it_away(tmp_path):
         ("node2", {"connected": False}, {}, "ZooKeeper is out of reach"),
         ("foreign", {}, {}, "foreign lock"),
         ("node2", {}, {"promise": "at-most-one"}, "at-most-one"),
-        ("node2", {}, CHECKED, "failing"),
+        ("node2", {}, ONE_CHECKED, "failing"),
     ],
 )
 def test_a_lock_that_cannot_be_had_is_refused_with_the_reason(tmp_path, other, change, config, error):

@@ -1001,7 +1001,8 @@ class _Queue:
                 self.joining = self.settling = False
 
 
-NODE = re.compile(r"__lock__(-?\d{10})$")
+# kazoo's Lock names its nodes <32 hex digits>__lock__<sequence>; half of ours are the session's id.
+NODE = re.compile(r"(?:([0-9a-f]{16})[0-9a-f]{16})?.*__lock__-?\d{10}$")
 
 
 class Coordinator:
@@ -1025,6 +1026,7 @@ class Coordinator:
         self._client: Any = None
         self._queues: dict[str, _Queue] = {}
         self._record = Record("", (), "")
+        self._owners: dict[str | None, tuple[str, int]] = {}  # whose sessions they are, from the records
         self._dead: set[int] = set()  # sessions of this host's earlier processes
         self._pinging = False
         self._said: set[str] = set()
@@ -1134,15 +1136,17 @@ class Coordinator:
             if type(answer).__name__ == "NoNodeError":
                 self._ask(lambda a: self._list(address), "ensure_path", self._path(address))
             return
-        children = sorted((c for c in answer if NODE.search(c)), key=lambda c: int(c[-10:]))
+        children = sorted((c for c in answer if NODE.match(c)), key=lambda c: int(c[-10:]))
         queue_.known = {child: queue_.known[child] for child in children if child in queue_.known}
         queue_.children = children
         queue_.settling, queue_.created = queue_.settling or queue_.created, False
         for child in children:
-            if child not in queue_.known:
+            owner = self._owners.get(NODE.match(child)[1])  # type: ignore[index]
+            if owner and child not in queue_.known:
+                queue_.known[child] = Contender(child, *owner)
+            elif child not in queue_.known:
                 self._ask(lambda a, c=child: self._got(address, c, a), "get", self._path(address, child))  # type: ignore[misc]
-        queue_.complete()
-        self._changed(address)
+        self._show(address, queue_)
 
     def _got(self, address: str, child: str, answer: Any) -> None:
         queue_ = self._queues.get(address)
@@ -1150,14 +1154,17 @@ class Coordinator:
             return
         if isinstance(answer, Exception):
             queue_.children.remove(child)
-            queue_.complete()
         else:
             data, stat = answer
             queue_.known[child] = Contender(child, data.decode(errors="replace"), stat.ephemeralOwner)
-            queue_.complete()
-            twice = self._mine(address)[1:]  # the answer to our first create was lost
-            if stat.ephemeralOwner in self._dead or queue_.known[child] in twice:
-                self._delete(address, child)
+        self._show(address, queue_)
+
+    def _show(self, address: str, queue_: _Queue) -> None:
+        queue_.complete()
+        twice = self._mine(address)[1:]  # the answer to our first create was lost
+        for contender in queue_.shown or ():
+            if contender.session in self._dead or contender in twice:
+                self._delete(address, contender.node)
         self._changed(address)
 
     def _mine(self, address: str) -> list[Contender]:
@@ -1178,7 +1185,7 @@ class Coordinator:
             queue_.created = True
             self._list(address)
 
-        node = self._path(address, uuid.uuid4().hex + "__lock__")
+        node = self._path(address, f"{_hex(self.session[0] if self.session else 0)}{uuid.uuid4().hex[16:]}__lock__")
         self._ask(then, "create", node, self._config.hostname.encode(), ephemeral=True, sequence=True, makepath=True)
 
     def leave(self, address: str) -> None:
@@ -1253,6 +1260,7 @@ class Coordinator:
         def listed(answer: Any) -> None:
             if isinstance(answer, Exception):
                 return
+            self._owners = {owner: who for owner, who in self._owners.items() if who[0] in answer}
             for gone in set(self.records) - set(answer):
                 del self.records[gone]
             for host in answer:
@@ -1262,6 +1270,7 @@ class Coordinator:
         def got(host: str, answer: Any) -> None:
             if not isinstance(answer, Exception):
                 self.records[host] = Record.parse(answer[0])
+                self._owners[_hex(answer[1].ephemeralOwner)] = (host, answer[1].ephemeralOwner)
             self._changed("")
 
         self._ask(listed, "get_children", f"{self._root}/hosts", watch=self._poke_hosts)
@@ -1289,6 +1298,10 @@ class Coordinator:
             thread = threading.Thread(target=self._client.stop, daemon=True)
             thread.start()
             thread.join(wait)
+
+
+def _hex(session: int) -> str:
+    return f"{session & (1 << 64) - 1:016x}"
 
 
 _NO_ANSWER = ("ConnectionLoss", "SessionExpiredError", "ConnectionClosedError", "AuthFailedError")
@@ -1386,7 +1399,7 @@ class Store:
         """Atomic: a kill at any moment leaves the old file or the new one."""
         path = self._dir / name
         with open(path.with_suffix(".new"), "w", encoding="utf-8", opener=_private) as file:
-            json.dump(content, file, indent=1)
+            json.dump(content, file)
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
@@ -1811,9 +1824,7 @@ class Agent:
             self._heard(heard)
         if self.network.changed() or now - self._synced_at > 5:
             self._sync()
-        while not self._queue.empty():
-            function, args = self._queue.get()
-            function(*args)
+        self._serve_queue()
         while self._timers and self._timers[0][0] <= now:
             _, _, function, args = heapq.heappop(self._timers)
             function(*args)
@@ -1822,6 +1833,15 @@ class Agent:
             self._dirty.update(managed.vip.address for managed in self.prober.run(now))
             self._settle()
         return self._stopped(now)
+
+    def _serve_queue(self) -> None:
+        """What other threads posted; in slices, so that the wire is heard meanwhile."""
+        began = self.clock.now()
+        while not self._queue.empty():
+            function, args = self._queue.get()
+            function(*args)
+            if self.clock.now() - began >= SLICE:
+                return self.at(began, lambda: None)
 
     def _settle(self) -> None:
         """Decide again for every VIP about which something is new; in slices, so that the wire is heard meanwhile."""
@@ -1875,7 +1895,7 @@ class Agent:
         """Soon, and once for many changes."""
         if not now:
             if self._save_at is None:
-                self._save_at = self.clock.now() + 0.05
+                self._save_at = self.clock.now() + 0.05 + len(self.vips) / 1000
                 self.at(self._save_at, self._save_session, True)
             return
         self._save_at = None
@@ -3050,6 +3070,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"link.py: {error}", file=sys.stderr)
         return 2
     set_up_logging(config)
+    sys.setswitchinterval(0.0005)  # the loop must not wait 5 ms for each of kazoo's turns
     try:
         lock = lock_state_dir(config)
     except BlockingIOError:

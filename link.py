@@ -1951,9 +1951,11 @@ class Agent:
     def _heard_now(self, managed: Managed) -> bool:
         """Whether another host has the VIP; where we let go of it, only what was heard since then counts."""
         now, hearing = self.clock.now(), managed.hearing
-        lets_go = managed.intent is not Intent.RUN or self._lock(managed) is Lock.OTHER
+        asked = managed.intent is not Intent.RUN
         since = managed.letting_go if managed.letting_go is not None else now
-        return hearing.fresh(now) and (not lets_go or hearing.at >= since - 0.1)  # it may be heard before ZooKeeper is
+        early = 0.0 if asked else 0.03  # a new holder may be heard that much before ZooKeeper names it
+        lets_go = asked or self._lock(managed) is Lock.OTHER
+        return hearing.fresh(now) and (not lets_go or hearing.at >= since - early)
 
     def _not_deaf(self, managed: Managed) -> bool:
         """Without ZooKeeper: who hears no witness and not one frame is deaf, or alone. Then it does not matter soon."""

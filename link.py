@@ -1960,7 +1960,7 @@ class Agent:
     def _not_deaf(self, managed: Managed) -> bool:
         """Without ZooKeeper: who hears no witness and not one frame is deaf, or alone. Then it does not matter soon."""
         now, contenders = self.clock.now(), self._contenders(managed)
-        hears = now - self._heard_at <= ALONE / 2 or self._hears(contenders[0].host if contenders else "")
+        hears = now - self._heard_at <= 1.0 or self._hears(contenders[0].host if contenders else "")
         return hears or now - max(managed.hearing.at, self._began_at) > ALONE
 
     def _hears(self, accused: str = "") -> bool:

@@ -1028,7 +1028,7 @@ class Coordinator:
         self._record = Record("", (), "")
         self._owners: dict[str | None, tuple[str, int]] = {}  # whose sessions they are, from the records
         self._dead: set[int] = set()  # sessions of this host's earlier processes
-        self._pinging = False
+        self._pinging = self._ping_again = False
         self._said: set[str] = set()
         self.connected = False
         self.session: tuple[int, bytes] | None = None
@@ -1282,12 +1282,15 @@ class Coordinator:
         """Have the session confirmed, one request at a time; finding our record gone publishes it again."""
 
         def then(stat: Any) -> None:
-            self._pinging = False
+            again, self._pinging, self._ping_again = self._ping_again, False, False
+            if again:  # who asked meanwhile wants an answer to a request sent since then
+                self.ping()
             if stat is None:
                 self.publish(self._record)
 
         if not self.connected and self._clock() - self.confirmed_at > self.timeout:
             self._client.last_zxid = 0  # else an ensemble that lost its data would turn us away for ever
+        self._ping_again = self._pinging
         if self.connected and not self._pinging:
             self._pinging = True
             self._ask(then, "exists", f"{self._root}/hosts/{self._config.hostname}")
@@ -1685,6 +1688,7 @@ class Managed:
     conflicts: int = 0
     rival: str = ""
     rival_at: float = float("-inf")
+    doubted_at: float = float("-inf")  # a rival was heard: is the lock still ours?
     empty_since: float | None = None
     quiet_until: float = float("-inf")  # accuses nobody before
     backoff: float = BACKOFF[0]
@@ -1925,9 +1929,9 @@ class Agent:
         c = self.coordinator
         if c is None or self.clock.now() - c.confirmed_at > c.timeout:
             return Lock.UNKNOWN
-        contenders, hearing, trust_after = c.queue(managed.vip.address), managed.hearing, self._trust_after
-        if hearing.fresh(self.clock.now()) and self._bound(managed) and not self.config.at_most_one:
-            trust_after = max(trust_after, hearing.rival_since)  # a rival: is the lock still ours?
+        contenders, trust_after = c.queue(managed.vip.address), self._trust_after
+        if not self.config.at_most_one:
+            trust_after = max(trust_after, managed.doubted_at)
         if contenders and self._mine(contenders[0]) and c.confirmed_at >= trust_after:
             return Lock.MINE
         if contenders is None or not c.connected or c.confirmed_at < trust_after:
@@ -1974,8 +1978,9 @@ class Agent:
         hearing, now = managed.hearing, self.clock.now()
         if lock is Lock.MINE or not self._bound(managed) or not hearing.fresh(now):
             return False
-        stays = hearing.at - hearing.rival_since >= RIVAL_STAYS
-        return managed.verify or stays or (lock is not Lock.WAITING and self._link.mac > hearing.mac)
+        higher = self._link.mac > hearing.mac  # two that know nothing of their locks must not yield together
+        stays = hearing.at - hearing.rival_since >= (RIVAL_STAYS if higher else RIVAL_STAYS + 0.25)
+        return managed.verify or stays or (lock is not Lock.WAITING and higher)
 
     def _accused(self, managed: Managed) -> bool:
         """All the rules under which a standby may declare the holder dead."""
@@ -2298,7 +2303,7 @@ class Agent:
         if hearing.mac != mac:
             hearing.since = self.clock.stamp()
             log.debug("vip=%s heard from %s", managed.vip.ip, _mac_text(mac))
-        if now - hearing.at > 1.5 * RIVAL_FRESH or hearing.mac != mac:
+        if now - hearing.at > 1.5 * RIVAL_FRESH:
             hearing.rival_since = now
         hearing.mac, hearing.at, hearing.misses, hearing.pending = mac, now, 0, False
         if news or self._bound(managed):
@@ -2323,8 +2328,9 @@ class Agent:
         managed.rival_at = now
         if not managed.hearing.fresh(now):
             self._suspect_all(now)
+            managed.doubted_at = now
             if self.coordinator:
-                self.coordinator.ping()  # is the lock still ours?
+                self.coordinator.ping()
         if not contender or self._wins(managed, mac):
             self._defend(managed)
 

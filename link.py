@@ -1978,9 +1978,11 @@ class Agent:
         hearing, now = managed.hearing, self.clock.now()
         if lock is Lock.MINE or not self._bound(managed) or not hearing.fresh(now):
             return False
-        higher = self._link.mac > hearing.mac  # two that know nothing of their locks must not yield together
-        stays = hearing.at - hearing.rival_since >= (RIVAL_STAYS if higher else RIVAL_STAYS + 0.25)
-        return managed.verify or stays or (lock is not Lock.WAITING and higher)
+        # Two must not yield together: at once who came late, then the higher MAC, last the lower one.
+        patience = RIVAL_STAYS + 0.25
+        if self._link.mac > hearing.mac:
+            patience = RIVAL_STAYS if lock is Lock.WAITING else RIVAL_STAYS / 2
+        return managed.verify or hearing.at - hearing.rival_since >= patience
 
     def _accused(self, managed: Managed) -> bool:
         """All the rules under which a standby may declare the holder dead."""
@@ -2237,8 +2239,11 @@ class Agent:
     def _announce_next(self, managed: Managed, schedule: int, sent: int) -> None:
         if schedule != managed.schedule or not self._bound(managed) or managed.frames is None:
             return
-        if self._lock(managed) is not Lock.MINE and ALONE / 2 < self.clock.now() - self._heard_at < float("inf"):
+        unsure, now = self._lock(managed) is not Lock.MINE, self.clock.now()
+        if unsure and ALONE / 2 < now - self._heard_at < float("inf"):
             self._muted.add(managed.vip.address)  # maybe this host is deaf: who follows it would be lost
+        elif unsure and managed.hearing.fresh(now):
+            pass  # a rival: the winner's words are _defend's
         elif not self.network.ready(managed.vip.ip):
             self._sync()
             self.at(self.clock.now() + 0.005, self._announce_next, managed, schedule, sent)
@@ -2260,7 +2265,7 @@ class Agent:
         now = self.clock.now()
         if now - managed.defended_at >= 1.0:
             managed.defended_at = now
-            for pause in (0.0, 0.1, RIVAL_STAYS + 0.2):
+            for pause in (0.0, 0.1, RIVAL_STAYS / 2 + 0.05, RIVAL_STAYS + 0.2):
                 self.at(now + pause, self._say, managed)
 
     def _say(self, managed: Managed) -> None:

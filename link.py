@@ -1681,6 +1681,7 @@ class Managed:
     nodes: set[str] | None = None  # the others in the queue as last seen
     letting_go: float | None = None  # since when we wait to be relieved
     verify: bool = False  # bound, but look before trusting it
+    rivalled: bool = False  # bound without a lock, and so is another host
     adopted: bool = False  # bound by an earlier process, which has announced it
     taking: bool = False  # POST lock
     schedule: int = 0  # which announcement schedule is valid
@@ -2056,10 +2057,10 @@ class Agent:
             managed.look, self._rearrange = look, True
 
     def _end_verify(self, managed: Managed) -> None:
-        """Confirmed, or nobody else answered: the address is ours to announce."""
+        """Confirmed, or nobody else answers any more: the address is ours to announce."""
         sure = self._lock(managed) is Lock.MINE or managed.hearing.misses >= self.config.probe_count
-        if managed.verify and sure and self._bound(managed):
-            managed.verify = False
+        if (managed.verify or managed.rivalled) and sure and self._bound(managed):
+            managed.verify = managed.rivalled = False
             self._announce(managed)
 
     def _enter(self, managed: Managed, event: Event, reason: str) -> None:
@@ -2172,7 +2173,7 @@ class Agent:
                 self._announce(managed)
         elif bound and not wanted:
             managed.schedule += 1
-            managed.verify = False
+            managed.verify = managed.rivalled = False
             stays_until = managed.hearing.rival_since + LINGER
             if managed.letting_go is not None and self.clock.now() < stays_until and not self.config.at_most_one:
                 self.at(stays_until, self._dirty.add, managed.vip.address)
@@ -2239,8 +2240,11 @@ class Agent:
     def _announce_next(self, managed: Managed, schedule: int, sent: int) -> None:
         if schedule != managed.schedule or not self._bound(managed) or managed.frames is None:
             return
-        unsure, now = self._lock(managed) is not Lock.MINE, self.clock.now()
-        if unsure and ALONE / 2 < now - self._heard_at < float("inf"):
+        lock, now = self._lock(managed), self.clock.now()
+        unsure = lock is not Lock.MINE
+        if managed.intent is not Intent.RUN or lock is Lock.OTHER:
+            pass  # who lets go does not call the clients back
+        elif unsure and ALONE / 2 < now - self._heard_at < float("inf"):
             self._muted.add(managed.vip.address)  # maybe this host is deaf: who follows it would be lost
         elif unsure and managed.hearing.fresh(now):
             pass  # a rival: the winner's words are _defend's
@@ -2336,13 +2340,13 @@ class Agent:
             managed.doubted_at = now
             if self.coordinator:
                 self.coordinator.ping()
+        managed.rivalled = managed.rivalled or (contender and self._lock(managed) is not Lock.MINE)
         if not contender or self._wins(managed, mac):
             self._defend(managed)
 
     def _wins(self, managed: Managed, rival: bytes) -> bool:
-        """Whether the claim of this host is the better one: a confirmed lock, or without ZooKeeper the lower MAC."""
-        lock = self._lock(managed)
-        return lock is Lock.MINE or (lock is Lock.UNKNOWN and self._link.mac < rival)
+        """Whether this host has the better claim: a confirmed lock, or in a cluster without ZooKeeper the lower MAC."""
+        return self._lock(managed) is Lock.MINE or (self.coordinator is None and self._link.mac < rival)
 
     def _suspect_all(self, now: float) -> None:
         """Who has one of our addresses may have them all: ask once, at most once a second."""

@@ -2274,7 +2274,8 @@ class Agent:
 
     def _say(self, managed: Managed) -> None:
         holds = managed.state is State.ACTIVATED and managed.intent is Intent.RUN  # who lets go does not defend
-        if holds and self._bound(managed) and managed.frames and not managed.verify:
+        ready = self._bound(managed) and self.network.ready(managed.vip.ip)
+        if holds and ready and managed.frames and not managed.verify:
             self.network.send(managed.frames.announce)
 
     # -- what comes in ---------------------------------------------------------

@@ -1679,6 +1679,7 @@ class Managed:
     look: tuple[Look, bytes] = (Look.NONE, b"")
     term: str = ""  # the holder's lock node
     nodes: set[str] | None = None  # the others in the queue as last seen
+    unwanted_since: float = float("inf")  # relieved, and lingering
     letting_go: float | None = None  # since when we wait to be relieved
     verify: bool = False  # bound, but look before trusting it
     rivalled: bool = False  # bound without a lock, and so is another host
@@ -2165,6 +2166,8 @@ class Agent:
     def _apply(self, managed: Managed, wanted: bool) -> None:
         """Bind, then announce; cancel announcements, then unbind."""
         ip, bound = managed.vip.ip, self._bound(managed)
+        if wanted or not bound:
+            managed.unwanted_since = float("inf")
         if wanted and not bound and self._link.number and self.clock.now() >= managed.bind_at:
             if (not self.config.at_most_one or self._in_time()) and self._bind(managed):
                 managed.hearing = Hearing()
@@ -2174,8 +2177,10 @@ class Agent:
         elif bound and not wanted:
             managed.schedule += 1
             managed.verify = managed.rivalled = False
-            stays_until = managed.hearing.rival_since + LINGER
-            if managed.letting_go is not None and self.clock.now() < stays_until and not self.config.at_most_one:
+            now = self.clock.now()
+            managed.unwanted_since = min(managed.unwanted_since, now)
+            stays_until = managed.unwanted_since + LINGER
+            if managed.letting_go is not None and now < stays_until and not self.config.at_most_one:
                 self.at(stays_until, self._dirty.add, managed.vip.address)
                 return
             log.info("vip=%s unbound (%s)", ip, managed.reason)

@@ -2171,9 +2171,11 @@ class Agent:
         if wanted and not bound and self._link.number and self.clock.now() >= managed.bind_at:
             if (not self.config.at_most_one or self._in_time()) and self._bind(managed):
                 managed.hearing = Hearing()
-                if ip.version == 6:
+                if ip.version == 4:
+                    self._announce(managed)
+                else:  # its route follows its tentative flag by a moment
                     self._sync()
-                self._announce(managed)
+                    self.at(self.clock.now() + 0.01, self._announce, managed)
         elif bound and not wanted:
             managed.schedule += 1
             managed.verify = managed.rivalled = False

@@ -114,7 +114,7 @@ main() {
     test)
         packages zookeeper
         python_packages requirements-dev.txt
-        exec "$VENV/bin/python" -m pytest test_link.py "${@:2}"
+        exec "$VENV/bin/python" -m pytest test_link.py test_sim.py test_lab.py "${@:2}"
         ;;
     bench)
         packages zookeeper

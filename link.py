@@ -1696,6 +1696,7 @@ class Managed:
     backoff: float = BACKOFF[0]
     took: int = 0  # the session that we declared dead
     took_at: float = float("-inf")
+    bound_at: float = float("-inf")
     bind_error: str = ""
     bind_fails: int = 0
     bind_at: float = float("-inf")  # next try
@@ -1931,12 +1932,12 @@ class Agent:
         c = self.coordinator
         if c is None or self.clock.now() - c.confirmed_at > c.timeout:
             return Lock.UNKNOWN
-        contenders, trust_after = c.queue(managed.vip.address), self._trust_after
-        if not self.config.at_most_one:
-            trust_after = max(trust_after, managed.doubted_at)
-        if contenders and self._mine(contenders[0]) and c.confirmed_at >= trust_after:
-            return Lock.MINE
-        if contenders is None or not c.connected or c.confirmed_at < trust_after:
+        contenders = c.queue(managed.vip.address)
+        if contenders and self._mine(contenders[0]):
+            doubts = managed.intent is Intent.RUN and not self.config.at_most_one
+            since = max(self._trust_after, managed.doubted_at if doubts else float("-inf"))
+            return Lock.MINE if c.confirmed_at >= since else Lock.WAITING
+        if contenders is None or not c.connected or c.confirmed_at < self._trust_after:
             return Lock.WAITING
         return Lock.OTHER if contenders else Lock.NOBODY
 
@@ -1981,9 +1982,10 @@ class Agent:
         if lock is Lock.MINE or not self._bound(managed) or not hearing.fresh(now):
             return False
         # Two must not yield together: at once who came late, then the higher MAC, last the lower one.
+        higher, late = self._link.mac > hearing.mac, now - managed.bound_at < RIVAL_FRESH
         patience = RIVAL_STAYS + 0.25
-        if self._link.mac > hearing.mac:
-            patience = RIVAL_STAYS if lock is Lock.WAITING else RIVAL_STAYS / 2
+        if higher:
+            patience = RIVAL_STAYS if lock is Lock.WAITING else 0.0 if late else RIVAL_STAYS / 2
         return managed.verify or hearing.at - hearing.rival_since >= patience
 
     def _accused(self, managed: Managed) -> bool:
@@ -2202,7 +2204,7 @@ class Agent:
         if managed.bind_fails:
             log.info("vip=%s can be bound again, after %d failures", managed.vip.ip, managed.bind_fails)
         managed.bind_fails, managed.bind_error, managed.bind_at = 0, "", float("-inf")
-        self._kernel[managed.vip.ip] = True
+        self._kernel[managed.vip.ip], managed.bound_at = True, self.clock.now()
         log.info("vip=%s bound on %s (%s)", managed.vip.ip, self.config.interface, managed.reason)
         self._save_session()
         return True
@@ -2348,6 +2350,7 @@ class Agent:
             managed.doubted_at = now
             if self.coordinator:
                 self.coordinator.ping()
+                self.at(now + 0.02, self._dirty.add, managed.vip.address)
         managed.rivalled = managed.rivalled or (contender and self._lock(managed) is not Lock.MINE)
         if not contender or self._wins(managed, mac):
             self._defend(managed)

@@ -1295,6 +1295,13 @@ class Coordinator:
             self._pinging = True
             self._ask(then, "exists", f"{self._root}/hosts/{self._config.hostname}")
 
+    def drop(self) -> None:
+        """Give up a connection that does not answer; kazoo itself would wait for two thirds of the session."""
+        connection = getattr(self._client.handler, "connection", None)
+        if connection is not None:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
     def stop(self, wait: float) -> None:
         """End the session (its nodes go at once), waiting at most so many seconds for the answer."""
         if self._client is not None:
@@ -1320,9 +1327,12 @@ def _kazoo_client(config: Config, servers: str, session: tuple[int, bytes] | Non
     class Handler(SequentialThreadingHandler):  # type: ignore[misc]
         """Connects with a deadline of its own: one black-holed server must not cost the session."""
 
+        connection: Any = None  # the last one, for Coordinator.drop()
+
         def create_connection(self, *args: Any, **more: Any) -> Any:
             more["timeout"] = min(more["timeout"], max(0.5, config.session_timeout / 4))
-            return super().create_connection(*args, **more)
+            self.connection = super().create_connection(*args, **more)
+            return self.connection
 
     more: dict[str, Any] = {}
     if config.zookeeper_auth:
@@ -1661,6 +1671,7 @@ TICK = 1.0  # everything is decided again this often: level-triggered
 JOIN_LATER = 2.0  # a host that hears another one have the IP gives it so long to join an empty queue first
 BACKOFF = (1.0, 60.0)  # doubled by each take-over that was contested, up to this many seconds without another
 ALONE = 10.0  # a host that hears nobody at all, nor ZooKeeper, takes an IP only after so many seconds
+ANSWER = 0.15  # seconds within which ZooKeeper must answer when a holder is to be replaced
 LINGER = 0.05  # seconds an address stays after its new holder is heard: requests are still on their way to the old one
 
 
@@ -1694,7 +1705,7 @@ class Managed:
     empty_since: float | None = None
     quiet_until: float = float("-inf")  # accuses nobody before
     backoff: float = BACKOFF[0]
-    took: int = 0  # the session that we declared dead
+    took: tuple[int, str] = (0, "")  # the session that we declared dead, and its node
     took_at: float = float("-inf")
     bound_at: float = float("-inf")
     bind_error: str = ""
@@ -2116,10 +2127,18 @@ class Agent:
         log.warning("vip=%s %s fell silent: taking over its lock", managed.vip.ip, holder.host)
         if self.clock.now() - managed.took_at > BACKOFF[1]:
             managed.backoff = BACKOFF[0]
-        managed.took, managed.took_at = holder.session, self.clock.now()
-        managed.quiet_until = self.clock.now() + 0.25  # until the answer is there
+        managed.took, managed.took_at = (holder.session, holder.node), self.clock.now()
+        managed.quiet_until = self.clock.now() + ANSWER  # until the answer is there
         if self.coordinator:
             self.coordinator.take(managed.vip.address, mine, [holder])
+            self.at(managed.quiet_until, self._hurry, self.clock.now())
+
+    def _hurry(self, asked_at: float) -> None:
+        """ZooKeeper's server may have died with the holder: without an answer, go to the next one, or on by `fault`."""
+        c = self.coordinator
+        if c is not None and c.connected and c.confirmed_at < asked_at:
+            log.warning("ZooKeeper's server does not answer: trying another one")
+            c.drop()
 
     def _take_over(self, managed: Managed) -> None:
         """POST lock: once our node is in the queue, all nodes ahead of it go, in one transaction."""
@@ -2395,8 +2414,9 @@ class Agent:
         if managed.nodes is not None and nodes - managed.nodes and self._lock(managed) is Lock.MINE:
             self._defend(managed)
         managed.nodes = nodes
-        if managed.took and any(c.session == managed.took and c.node != managed.term for c in contenders):
-            managed.took, managed.backoff = 0, min(2 * managed.backoff, BACKOFF[1])
+        took, node = managed.took
+        if took and any(c.session == took and c.node != node for c in contenders):
+            managed.took, managed.backoff = (0, ""), min(2 * managed.backoff, BACKOFF[1])
             managed.quiet_until = self.clock.now() + managed.backoff
             log.warning("vip=%s who was taken for dead lives: no take-over for %.0f s", managed.vip.ip, managed.backoff)
 

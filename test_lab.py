@@ -1165,6 +1165,20 @@ def test_the_death_of_one_server_of_the_ensemble_changes_nothing(e: Cluster, rol
     assert e.bound(vip) == [holder]
 
 
+def test_the_host_of_the_holder_and_the_server_of_the_first_standby_may_die_together(e: Cluster) -> None:
+    vip, holder, others = e.held()
+    time.sleep(1)
+    names = holder.api("GET", f"/ips/{vip}")[1]["ip"]["hosts"]
+    second = next(host for host in others if host.name == names[1])
+    number = next(n for n in range(3) if f"/{second.address}:" in e.zk.ask("cons", n))
+    with e.watch(vip, away=1.0):  # the session is 4 s
+        e.zk.pause(number)
+        holder.power_off()
+        wait_until(lambda: vip + "/32" in second.addresses(), 3, "the first standby has it")
+        time.sleep(1)
+    e.zk.resume(number)
+
+
 def test_a_lost_quorum_that_comes_back_changes_nothing(e: Cluster) -> None:
     vip, holder, _ = e.held()
     with e.watch(vip, lost=0, quiet=True):

@@ -921,6 +921,8 @@ class FakeCoordinator:
     def ping(self) -> None:
         self.confirmed_at = self.agent.clock.now()
 
+    def drop(self) -> None: ...
+
     def stop(self, wait: float) -> None:
         self.connected = False
 

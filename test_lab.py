@@ -1274,7 +1274,9 @@ def away_and_back(c: Cluster, fault: str) -> None:
         for vip in vips:
             wait_until(lambda vip=vip: set(c.bound(vip)) & set(others), 5, "another has it")
         time.sleep(SESSION + 1)
-    with c.watch(vips, away=0.5, two=2):
+    # A host that was isolated may have to look up the client anew, and its kernel asks again only after a second
+    # (RetransTimer, RFC 4861; neigh/retrans_time_ms): that much is not LinK's.
+    with c.watch(vips, away=1.4 if fault == "isolate" else 0.5, two=2):
         holder.heal() if fault == "isolate" else holder.plug()
         for vip in vips:
             wait_until(lambda vip=vip: len(c.bound(vip)) == 1, 2, "one binder")

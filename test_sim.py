@@ -581,11 +581,19 @@ class SimKazoo:
         self._host, self._server, self._rng = host, host.world.server, host.world.rng
         self.client_id, self.last_zxid = session, 0
         self._connection = SimpleNamespace(_connect=lambda: (self._server.timeout * 2000 / 3, 0))
+        shut = lambda how: self.line and host.later(0.0, self.disconnected, self.line)  # noqa: E731
+        self.handler = SimpleNamespace(connection=SimpleNamespace(shutdown=shut))
         self._say: Callable[[str], None] = lambda state: None
         self._calls: dict[Result, Callable[[Line], Any]] = {}  # what waits for an answer, sent or not
         self._watches: dict[tuple[str, str], dict[Callable[[Any], None], None]] = {}
         self._heard_at = 0.0
         self.line: Line | None = None
+        self.handler = SimpleNamespace(connection=self)  # as link's own handler keeps its socket
+
+    def shutdown(self, how: int) -> None:
+        """The socket is shut down by link: kazoo's thread finds its end."""
+        if self.line:
+            self._host.later(0.001, self.disconnected, self.line)
 
     def add_listener(self, listener: Callable[[str], None]) -> None:
         self._say = listener

@@ -2188,6 +2188,8 @@ class Agent:
         """Bind, then announce; cancel announcements, then unbind."""
         ip, bound = managed.vip.ip, self._bound(managed)
         if wanted or not bound:
+            if bound and managed.unwanted_since < float("inf"):
+                managed.rivalled = True  # its successor is gone again: the clients must be called back
             managed.unwanted_since = float("inf")
         if wanted and not bound and self._link.number and self.clock.now() >= managed.bind_at:
             if (not self.config.at_most_one or self._in_time()) and self._bind(managed):
@@ -2274,7 +2276,7 @@ class Agent:
             pass  # who lets go does not call the clients back
         elif unsure and ALONE / 2 < now - self._heard_at < float("inf"):
             self._muted.add(managed.vip.address)  # maybe this host is deaf: who follows it would be lost
-        elif unsure and managed.hearing.fresh(now):
+        elif unsure and managed.hearing.fresh(now) and managed.hearing.misses < self.config.probe_count:
             pass  # a rival: the winner's words are _defend's
         elif not self.network.ready(managed.vip.ip):
             self._sync()

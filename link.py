@@ -2190,6 +2190,7 @@ class Agent:
         if wanted or not bound:
             if bound and managed.unwanted_since < float("inf"):
                 managed.rivalled = True  # its successor is gone again: the clients must be called back
+                self.network.send(managed.frames.announce if managed.frames else ())
             managed.unwanted_since = float("inf")
         if wanted and not bound and self._link.number and self.clock.now() >= managed.bind_at:
             if (not self.config.at_most_one or self._in_time()) and self._bind(managed):

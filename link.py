@@ -1748,6 +1748,7 @@ class Agent:
         self._muted: set[str] = set()  # bound, and not announced because nobody was heard at all
         self._link, self._kernel, self._own = Link(), dict[Address, bool](), dict[int, str]()
         self._peers: dict[str, Record] = {}  # the last known records of the other hosts
+        self._macs: dict[str, str] = {}  # of every other host ever seen: one may rejoin while we are cut off
         self._witnesses: dict[str, float] = {}  # address -> when it last answered
         self._trust_after = float("-inf")  # what ZooKeeper said before does not count any more
         self._rearrange = False
@@ -1800,6 +1801,7 @@ class Agent:
         vips = {vip.address: vip for vip in [*self.store.load_ips(), *self.config.virtual_ips]}
         for host, record in saved.get("hosts", {}).items():
             self._peers[host] = Record.parse(json.dumps(record).encode())
+        self._macs.update(saved.get("macs", {}))
         self.network.adopt(saved.get("addresses", []))
         self._link, self._kernel, self._own = self.network.sync()
         for ip in [ip for ip, ours in self._kernel.items() if ours and str(ip.ip) not in vips]:
@@ -1923,6 +1925,7 @@ class Agent:
             "addresses": [str(ip) for ip, ours in self._kernel.items() if ours],
             "states": {address: m.state.value for address, m in self.vips.items()},
             "hosts": {host: record._asdict() for host, record in self._peers.items()},
+            "macs": self._macs,
         }
         self.store.save_session(content)
 
@@ -2323,8 +2326,7 @@ class Agent:
         managed = self.vips.get(heard.address)
         if managed is None:
             return
-        known = {record.mac for host, record in self._peers.items() if host != self.config.hostname} - {""}
-        contender = not known or _mac_text(heard.mac) in known
+        contender = not self._macs or _mac_text(heard.mac) in self._macs.values()
         if heard.asks:
             rival = contender and heard.broadcast and heard.mac < self._link.mac
             if rival and not self._bound(managed) and self.prober.about_to_claim(managed):
@@ -2404,6 +2406,7 @@ class Agent:
         kept = {host: record for host, record in self._peers.items() if host in queued}  # a hole in its record
         if self.config.hostname in c.records and {**kept, **others} != self._peers:
             self._peers = {**kept, **others}
+            self._macs |= {host: record.mac for host, record in others.items() if record.mac}
             self._find_witnesses()
         if not c.connected:
             self.at(c.confirmed_at + c.timeout + 0.001, self._dirty.update, self.vips)

@@ -1095,6 +1095,22 @@ def test_who_loses_its_lock_by_a_false_accusation_does_not_accuse_back() -> None
         assert w.queue()[0][0] == accuser.name
 
 
+def test_a_host_that_rejoins_while_the_holder_is_cut_off_from_zookeeper_is_no_stranger() -> None:
+    with resting(3, checks=True) as w:
+        holder, (other, third) = w.holder(), w.others()
+        w.fault("sick", third, w.vips[0], True)  # known, and no candidate
+        w.fault("power", other, w.vips[0], True)
+        w.run(8)  # its session has ended, and the holder has seen its record go
+        w.fault("cut", holder, w.vips[0], True)
+        w.fault("power", other, w.vips[0], False)
+        w.run(12)  # now the holder's has, too, and the lock goes to who came back
+        assert w.binders() == [other] and w.worst_two < 1
+        w.fault("cut", holder, w.vips[0], False)
+        w.run(8)
+        w.settled()
+        assert not w.wrong
+
+
 def test_an_agent_stopped_beyond_its_session_looks_before_it_announces() -> None:
     for seed in range(10):
         with resting(seed, announce_interval=1.0) as w:

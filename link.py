@@ -131,7 +131,7 @@ class Unfinished(LinkError):
 def _take(raw: Any, known: Iterable[str], what: str) -> dict[str, Any]:
     """A copy of the mapping `raw`; Invalid where it is none or has a key that is not known."""
     if not isinstance(raw, dict):
-        raise Invalid(f"invalid {what}", detail=f"{what} must be an object")
+        raise Invalid(f"invalid {what}", detail=f"{what} must be an object such as {{{next(iter(known))}: ...}}")
     if unknown := set(raw) - set(known):
         raise Invalid(f"invalid {what}", detail=f"unknown field {sorted(map(str, unknown))[0]!r}")
     return dict(raw)
@@ -179,10 +179,12 @@ def parse_checks(raw: Any) -> tuple[HealthCheck, ...]:
 
 def parse_address(text: Any) -> Address:
     """An address a host can share; without a prefix length /32 or /128. Raises Invalid with the reason."""
+    if not isinstance(text, str):
+        raise Invalid("invalid IP", detail='ip is missing or no text; send {"ip": "10.0.0.10/32"}')
     try:
-        ip = ipaddress.ip_interface(text if isinstance(text, str) else "")
+        ip = ipaddress.ip_interface(text)
     except ValueError as error:
-        raise Invalid("invalid IP", detail=str(error)) from None
+        raise Invalid("invalid IP", detail=str(error).replace("interface", "address")) from None
     host, net = ip.ip, ip.network
     inside = net.prefixlen < ip.max_prefixlen - 1
     kinds = (
@@ -193,8 +195,8 @@ def parse_address(text: Any) -> Address:
         (host.is_loopback, "is a loopback address"),
         (host.is_multicast, "is a multicast address"),
         (host.is_link_local, "is a link-local address"),
-        (host.version == 4 and host.packed[0] == 0, "is not a host's address"),
         (str(host) == "255.255.255.255", "is the broadcast address"),
+        (host.version == 4 and (host.packed[0] == 0 or host.packed[0] >= 240), "is not a host's address"),
         (inside and host == net.network_address, "is a network address"),
         (inside and host.version == 4 and host == net.broadcast_address, "is a broadcast address"),
     )
@@ -216,7 +218,7 @@ class VirtualIP:
     @classmethod
     def parse(cls, raw: Any, interval: int) -> VirtualIP:
         """From a request's body, a configuration entry or the state file; `interval` is the default. Raises Invalid."""
-        got = _take(raw, ("id", "ip", "checks", "healthcheck_interval"), "IP")
+        got = _take(raw, ("ip", "id", "checks", "healthcheck_interval"), "IP")
         every = _whole(got.get("healthcheck_interval") or interval, 1, 3600, "healthcheck_interval")  # Go: 0
         if not isinstance(name := got.get("id") or "", str):
             raise Invalid("invalid IP", detail="id must be text")
@@ -386,10 +388,15 @@ def _check_ranges(config: Config) -> None:
         value, choices = getattr(config, opt.name), opt.metadata["choices"]
         low, high = opt.metadata["low"], opt.metadata["high"]
         if isinstance(value, int | float) and not low <= value <= high:
-            limits = f"{low:g} or more" if high == 1e6 else f"{low:g} to {high:g}"
-            raise ConfigError(f"{opt.name}: {value} is out of range; use {limits}")
+            raise ConfigError(f"{opt.name}: {value} is out of range; use {low:g} to {high:g}")
         if choices and value not in choices:
             raise ConfigError(f"{opt.name}: {value!r} is none of {', '.join(choices)}")
+
+
+def _is_ensemble(text: str) -> bool:
+    """Whether it is a connect string of ZooKeeper, or empty."""
+    servers = [re.fullmatch(r"[^\s/]+:(\d{1,5})", server) for server in text.partition("/")[0].split(",")]
+    return not text or (" " not in text and all(found and 0 < int(found[1]) < 65536 for found in servers))
 
 
 def _check_relations(config: Config) -> None:
@@ -403,20 +410,18 @@ def _check_relations(config: Config) -> None:
             not re.fullmatch(r"(/[^/\s]+)+", c.zookeeper_root),
             "zookeeper_root: must be an absolute path such as /link",
         ),
-        (
-            bool(c.zookeeper) and not re.fullmatch(r"[^\s,/]+:\d+(,[^\s,/]+:\d+)*(/[^\s]*)?", c.zookeeper),
-            f"zookeeper: {c.zookeeper!r} is not host:port[,host:port...][/chroot]",
-        ),
+        (not _is_ensemble(c.zookeeper), f"zookeeper: {c.zookeeper!r} is not host:port[,host:port...][/chroot]"),
         (
             bool(c.zookeeper_auth) and ":" not in c.zookeeper_auth,
             "zookeeper_auth: must be user:password",
         ),
         (bool(c.zookeeper_tls_cert) != bool(c.zookeeper_tls_key), "zookeeper_tls_cert: needs zookeeper_tls_key, too"),
         (bool(c.tls_cert) != bool(c.tls_key), "tls_cert: needs tls_key, too"),
-        (bool(c.user) != bool(c.password), "user: needs password, too (and the other way round)"),
+        (bool(c.user) > bool(c.password), "user: needs password, too"),
+        (bool(c.user) < bool(c.password), "password: needs user, too"),
         (
             c.probe_interval * max(c.probe_count, 1) >= c.session_timeout,
-            "probe_interval: probe_interval * probe_count must be less than session_timeout; lower it",
+            "probe_interval: probe_interval * probe_count must be less than session_timeout; lower one of them",
         ),
         (c.handover_timeout >= c.stop_timeout, "handover_timeout: must be less than stop_timeout; lower it"),
         (
@@ -435,8 +440,21 @@ def _check_relations(config: Config) -> None:
     for key in ("zookeeper_tls_ca", "zookeeper_tls_cert", "zookeeper_tls_key", "tls_cert", "tls_key"):
         if (path := getattr(c, key)) and not os.access(path, os.R_OK):
             raise ConfigError(f"{key}: {path} cannot be read; name a PEM file that this user may read")
+    tls_context(config)
     _check_listen(config)
     _check_ips(config)
+
+
+def tls_context(config: Config) -> ssl.SSLContext | None:
+    """For the API; None where it is plain HTTP. Raises ConfigError where the files are no certificate and its key."""
+    if not config.tls_cert:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(config.tls_cert, config.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"tls_cert: {config.tls_cert} and tls_key do not fit together: {error}") from None
+    return context
 
 
 def _check_listen(config: Config) -> None:
@@ -656,14 +674,14 @@ def _standby(f: Facts, relieved: bool) -> tuple[Event | None, bool, str]:
             return Event.FAULT, keep, "ZooKeeper is out of reach"
         if (f.on_fault == "probe" or f.bound) and f.wire in (Wire.SILENT, Wire.BLIND):
             heard = "nobody answers for the IP" if f.wire is Wire.SILENT else "the wire cannot be asked"
-            return Event.FAULT, keep, f"no word from ZooKeeper, and {heard}"
+            return Event.FAULT, keep, f"without ZooKeeper, and {heard}"
     words = {
         Lock.OTHER: "another host has the lock",
         Lock.NOBODY: "is joining the queue",
         Lock.WAITING: "waits for ZooKeeper",
-        Lock.UNKNOWN: "no word from ZooKeeper; another host answers for the IP"
+        Lock.UNKNOWN: "without ZooKeeper; another host answers for the IP"
         if f.wire is Wire.ANSWERED
-        else "no word from ZooKeeper; asks the wire",
+        else "without ZooKeeper; asks the wire",
     }
     return None, keep, words[f.lock] + (", keeps the IP until it is heard" if keep else "")
 
@@ -1105,7 +1123,7 @@ class Coordinator:
             return
         if session == self.session:
             self.confirmed_at = max(self.confirmed_at, sent)
-            if isinstance(answer, Exception) and type(answer).__name__ not in ("NoNodeError", "NodeExistsError"):
+            if isinstance(answer, Exception) and type(answer).__name__ not in _ORDINARY:
                 self._complain(f"ZooKeeper refuses: {type(answer).__name__} {answer}".strip())
             then(answer)
 
@@ -1318,6 +1336,7 @@ def _hex(session: int) -> str:
     return f"{session & (1 << 64) - 1:016x}"
 
 
+_ORDINARY = ("NoNodeError", "NodeExistsError", "NotEmptyError")  # somebody else was there first, or still is
 _NO_ANSWER = ("ConnectionLoss", "SessionExpiredError", "ConnectionClosedError", "AuthFailedError")
 
 
@@ -1702,7 +1721,8 @@ class Managed:
     taking: bool = False  # POST lock
     schedule: int = 0  # which announcement schedule is valid
     defended_at: float = float("-inf")
-    conflicts: int = 0
+    conflicts: int = 0  # that no move explains
+    conflict_mac: str = ""
     rival: str = ""
     rival_at: float = float("-inf")
     doubted_at: float = float("-inf")  # a rival was heard: is the lock still ours?
@@ -1819,6 +1839,8 @@ class Agent:
         for vip in vips.values():
             self._manage(vip, State(saved.get("states", {}).get(vip.address, State.FAILING)))
         self._find_witnesses()
+        if self._link.trouble:
+            log.warning("%s", self._link.trouble if self._link.number else f"waiting for {self.config.interface}")
         self._tick()
         self._ping()
 
@@ -2023,15 +2045,21 @@ class Agent:
         )
 
     def _last_resort(self, managed: Managed) -> bool:
-        """A failing host waits for its checks' verdict, and a second more, so that a healthy one goes first."""
+        """A failing host waits for its checks' verdict, and a second more, so that a healthy one goes first.
+
+        Of several the one with the lowest MAC goes first, and the others hear it in time.
+        """
+        rank = sum(record.mac < _mac_text(self._link.mac) for record in self._peers.values() if record.mac)
         judged = all(probe.ok or probe.fails >= self.config.health_check_fall for probe in managed.probes)
         silent_since = max(managed.hearing.at, self._began_at)
-        return managed.state is not State.FAILING or (judged and self.clock.now() - silent_since > 1.0)
+        return managed.state is not State.FAILING or (judged and self.clock.now() - silent_since > 1.0 + 0.3 * rank)
 
     def _healthy(self, managed: Managed) -> str:
         """'' or why this host cannot serve the IP."""
         if self._link.trouble:
             return self._link.trouble
+        if self._kernel.get(managed.vip.ip) is False:
+            return "this host has the address for itself"
         if managed.bind_error and self.clock.now() < managed.bind_at:
             return f"cannot bind: {managed.bind_error}"
         return next((probe.reason for probe in managed.probes if not probe.ok), "")
@@ -2200,7 +2228,8 @@ class Agent:
                 managed.rivalled = True  # its successor is gone again: the clients must be called back
                 self.network.send(managed.frames.announce if managed.frames else ())
             managed.unwanted_since = float("inf")
-        if wanted and not bound and self._link.number and self.clock.now() >= managed.bind_at:
+        free = self._link.number and ip not in self._kernel
+        if wanted and not bound and free and self.clock.now() >= managed.bind_at:
             if (not self.config.at_most_one or self._in_time()) and self._bind(managed):
                 managed.hearing = Hearing()
                 if ip.version == 4:
@@ -2362,16 +2391,8 @@ class Agent:
             return
         now = self.clock.now()
         if now - managed.rival_at > 10 * RIVAL_FRESH or managed.rival != _mac_text(mac):
-            managed.conflicts += 1
-            managed.rival, managed.rival_at = _mac_text(mac), now
-            who = "a contender" if contender else "a foreign host"
-            log.log(
-                logging.INFO if contender else logging.WARNING,
-                "vip=%s is also answered for by %s (%s)",
-                managed.vip.ip,
-                managed.rival,
-                who,
-            )
+            managed.rival = _mac_text(mac)
+            self.at(now + 0.2, self._tell_conflict, managed, managed.rival, contender)
         managed.rival_at = now
         if not managed.hearing.fresh(now):
             self._suspect_all(now)
@@ -2382,6 +2403,13 @@ class Agent:
         managed.rivalled = managed.rivalled or (contender and self._lock(managed) is not Lock.MINE)
         if not contender or self._wins(managed, mac):
             self._defend(managed)
+
+    def _tell_conflict(self, managed: Managed, mac: str, contender: bool) -> None:
+        """Unless the lock, which may be told of a moment later than heard, or an order explains it."""
+        if managed.intent is Intent.RUN and self._lock(managed) is not Lock.OTHER:
+            managed.conflicts, managed.conflict_mac = managed.conflicts + 1, mac
+            level, who = (logging.INFO, "a contender") if contender else (logging.WARNING, "a foreign host")
+            log.log(level, "vip=%s is also answered for by %s (%s)", managed.vip.ip, mac, who)
 
     def _wins(self, managed: Managed, rival: bytes) -> bool:
         """Whether this host has the better claim: a confirmed lock, or in a cluster without ZooKeeper the lower MAC."""
@@ -2545,7 +2573,10 @@ class Agent:
         return managed
 
     def find(self, key: str) -> Managed:
-        """By id or address. Raises NotFound."""
+        """By id or address, in any spelling, with or without its prefix length. Raises NotFound."""
+        with contextlib.suppress(ValueError):
+            ip = ipaddress.ip_interface(key.strip("[]"))
+            key = str(ip if "/" in key else ip.ip)
         for managed in self.vips.values():
             if key in (managed.vip.id, managed.vip.address, str(managed.vip.ip)):
                 return managed
@@ -2566,8 +2597,8 @@ class Agent:
             raise Refused("already exists", detail=f"{old.vip.ip} is {old.vip.id}", id=old.vip.id)
         if not old and len(self.vips) >= self.config.max_ips:
             raise Refused("too many IPs", detail=f"this host has max_ips ({self.config.max_ips}) IPs")
-        if any(ip.ip == vip.ip.ip and not ours for ip, ours in self._kernel.items()):
-            raise Invalid("invalid IP", detail=f"{vip.address} is an address that this host has for itself")
+        if owner := self._owner(vip):
+            raise Invalid("invalid IP", detail=f"{vip.address} is an address that {owner} has for itself")
         vip = VirtualIP(vip.ip, vip.checks, vip.healthcheck_interval, f"vip-{uuid.uuid4()}")
         self.store.save_ips([*self._kept(), vip])
         if old:
@@ -2576,6 +2607,12 @@ class Agent:
         log.info("vip=%s added by the API as %s", vip.ip, vip.id)
         self._settle()
         return self.show(managed)
+
+    def _owner(self, vip: VirtualIP) -> str:
+        """The host that has this address for itself, as far as it is known."""
+        if any(ip.ip == vip.ip.ip and not ours for ip, ours in self._kernel.items()):
+            return "this host"
+        return next((host for host, record in self._peers.items() if vip.address in record.addresses), "")
 
     def update_ip(self, key: str, raw: Any) -> dict[str, Any]:
         """PATCH or PUT /ips/:id: the checks are replaced; nothing moves unless one of them fails."""
@@ -2679,7 +2716,10 @@ class Agent:
         contenders = self._queue_now(managed)
         if not contenders or not self._mine(contenders[0]):
             holder = contenders[0].host if contenders else "nobody"
-            raise Refused("not the holder", detail=f"{holder} holds {managed.vip.ip}")
+            detail = f"{holder} holds the lock of {managed.vip.ip}"
+            if self._bound(managed):
+                detail += "; it stays bound here until another host has it"
+            raise Refused("not the holder", detail=detail)
         if all(self._mine(contender) for contender in contenders):
             raise Refused("nobody can take it", detail=f"no other host waits for {managed.vip.ip}")
         managed.intent = Intent.HAND_OVER
@@ -2704,7 +2744,7 @@ class Agent:
                 "mac": _mac_text(hearing.mac) if wire is Wire.ANSWERED else None,
                 "since": (hearing.since or None) if wire is Wire.ANSWERED else None,
             },
-            "conflicts": {"count": managed.conflicts, "mac": managed.rival or None},
+            "conflicts": {"count": managed.conflicts, "mac": managed.conflict_mac or None},
         }
 
     def get_ip(self, key: str) -> dict[str, Any]:
@@ -2735,7 +2775,7 @@ class Agent:
     def stop(self) -> None:
         """SIGTERM: hand every IP over, all at the same time."""
         if self.stopping is None:
-            log.info("stopping: handing over %d IPs", sum(self._bound(m) for m in self.vips.values()))
+            log.info("stopping: IPs to hand over: %d", sum(self._bound(m) for m in self.vips.values()))
             notify("STOPPING=1")
             self.stopping = self.clock.now() + self.config.stop_timeout
             self.at(self.stopping, lambda: None)
@@ -2754,7 +2794,8 @@ class Agent:
         if now < self.stopping - patience and any(self._lock(m) is Lock.MINE or self._successor(m) for m in left):
             return False
         for managed in filter(self._bound, self.vips.values()):
-            log.warning("vip=%s stays bound here: no other host can take it", managed.vip.ip)
+            why = "no other host can take it" if self.coordinator else "without ZooKeeper no other host can be asked"
+            log.warning("vip=%s stays bound here: %s", managed.vip.ip, why)
         self._save_session(now=True)
         if self.coordinator:
             self.coordinator.stop(max(0.1, min(2.0, self.stopping - now)))
@@ -2843,8 +2884,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = self.path.partition("?")[0].rstrip("/") or "/"
         allowed = []
         for method, pattern, status, function in self.server.routes:
-            found = re.fullmatch(pattern.replace("{}", "(.+?)"), path)
-            if not found or (found.groups() and pattern.endswith("{}") and found[1].endswith(("/lock", "/failover"))):
+            found = re.fullmatch(pattern.replace("{}", r"([^/]+(?:/\d+)?)"), path)
+            if not found:
                 continue
             allowed.append(method)
             if method == self.command:
@@ -2940,10 +2981,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._free = threading.BoundedSemaphore(MAX_REQUESTS)
         host, port = agent.config.listen_address
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._tls: ssl.SSLContext | None = None
-        if agent.config.tls_cert:
-            self._tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            self._tls.load_cert_chain(agent.config.tls_cert, agent.config.tls_key)
+        self._tls = tls_context(agent.config)
         try:
             super().__init__((host, port), Handler)
         except OSError as error:

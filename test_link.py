@@ -351,6 +351,7 @@ ACCEPTED = {
 }  # fmt: skip
 REFUSED_ADDRESSES = {
     "10.0.0.0/24": "network", "10.0.0.255/24": "broadcast", "255.255.255.255": "broadcast", "224.0.0.18": "multicast",
+    "240.0.0.1": "not a host's",
     "127.0.0.1": "loopback", "0.0.0.0": "", "0.1.2.3": "not a host", "169.254.1.1": "link-local",
     "10.0.0.10/0": "length 0", "fd77::/64": "network", "ff02::1": "multicast", "::1": "loopback", "::": "unspecified",
     "fe80::1": "link-local", "fe80::1%eth0": "", "fd77::1%eth0": "scope", "::ffff:10.0.0.1": "",
@@ -421,7 +422,7 @@ def test_the_environment_can_hold_lists_and_secrets():
 BAD_VALUES: dict[str, list[tuple[Any, str]]] = {  # key: value, or several keys; a word of the remedy
     "interface": [("", "required"), ("eth0/1", "not an interface name"), ("a" * 16, "not an interface name")],
     "hostname": [("node 1", "not a host name")],
-    "zookeeper": [("zk1", "host:port"), ("zk1:2181,,zk2:2181", "host:port")],
+    "zookeeper": [(text, "host:port") for text in ("zk1", "zk1:2181,,zk2:2181", "zk1:99999", "zk1:0/x", "z:1 /x")],
     "zookeeper_root": [("link", "absolute path"), ("/", "absolute path")],
     "zookeeper_auth": [("secret", "user:password")],
     "zookeeper_tls_cert": [("c.pem", "zookeeper_tls_key")],
@@ -430,13 +431,14 @@ BAD_VALUES: dict[str, list[tuple[Any, str]]] = {  # key: value, or several keys;
         ({"promise": "at-most-one", "zookeeper": "z:2181", "session_timeout": 1.5}, "2 s or more"),
     ],
     "listen": [(text, "e.g. 127.0.0.1:1313") for text in ("1313", ":1313", "127.0.0.1:x", "127.0.0.1:65536", "a b:1")],
-    "user": [("admin", "password"), ({"password": "secret"}, "password"), ({"listen": "0.0.0.0:1313"}, "required")],
+    "user": [("admin", "password"), ({"listen": "0.0.0.0:1313"}, "required")],
+    "password": [("secret", "needs user")],
     "tls_cert": [("c.pem", "tls_key")],
     "health_check_interval": [(0, "use 1 "), (3601, "3600"), (1.5, "whole number"), ("x", "whole number")],
     "health_check_timeout": [(0, "use 0.1 ")],
     "health_check_fall": [(0, "use 1 ")],
     "health_check_rise": [(0, "use 1 ")],
-    "probe_interval": [(0.001, "use 0.005 "), ({"probe_interval": 2, "session_timeout": 4}, "lower it")],
+    "probe_interval": [(0.001, "use 0.005 "), ({"probe_interval": 2, "session_timeout": 4}, "lower one")],
     "probe_count": [(-1, "use 0 ")],
     "witnesses": [(["gateway"], "address"), ("gateway", "list")],
     "on_fault": [("panic", "probe, claim, hold")],
@@ -463,6 +465,13 @@ def test_a_wrong_value_is_refused_naming_the_key_and_the_remedy(key, value, reme
         make_config({"interface": "eth0", **(value if isinstance(value, dict) else {key: value})}, {}, {})
     assert str(error.value).startswith(f"{key}: ") and remedy in str(error.value)
     assert "secret" not in str(error.value)
+
+
+def test_a_certificate_that_is_none_is_refused_by_check(tmp_path):
+    (tmp_path / "c.pem").write_text("interface: eth0")
+    files = {"tls_cert": str(tmp_path / "c.pem"), "tls_key": str(tmp_path / "c.pem")}
+    with pytest.raises(link.ConfigError, match=r"^tls_cert: .*c\.pem"):
+        make_config({"interface": "eth0", **files}, {}, {})
 
 
 BAD_FILES = {
@@ -989,6 +998,18 @@ def test_at_start_bound_addresses_stay_strays_of_ours_go_and_foreign_ones_are_le
     assert network.did("add", "remove") == [f"remove {stray}"] and before - set(network.kernel) == {stray}
 
 
+def test_a_configured_ip_that_the_host_has_for_itself_is_failing_and_left_alone(tmp_path):
+    network, own = FakeNetwork(), ipaddress.ip_interface(VIP)
+    network.kernel[own] = False
+    one = ByHand(tmp_path, network, **ONE)
+    one.run(5)
+    assert one.ip()["status"] == "FAILING" and "for itself" in one.ip()["reason"] and not one.ip()["bound"]
+    assert not network.did("add", "remove", "announce")
+    del network.kernel[own]
+    one.run(3)
+    assert (one.ip()["status"], one.ip()["bound"]) == ("ACTIVATED", True)
+
+
 def test_an_address_that_cannot_be_bound_makes_the_ip_failing_until_it_can(tmp_path):
     network = FakeNetwork()
     network.broken = OSError(errno.ENOBUFS, "No buffer space available")
@@ -1143,7 +1164,9 @@ def test_the_life_of_an_ip_call_by_call(host, tmp_path, vip):
     assert wanted.items() <= ip.items() and ip["holder"] == "node1" and ip["reason"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", ip["since"])
     assert host.ask("GET", "/ips").body == {"ips": [ip]}
-    for key in (ip["id"], vip, vip.partition("/")[0], vip.replace("/", "%2F"), vip.replace(":", "%3a")):
+    bare = vip.partition("/")[0]
+    spelled = [ipaddress.ip_address(bare).exploded.upper(), f"[{bare}]"]
+    for key in (ip["id"], vip, bare, vip.replace("/", "%2F"), vip.replace(":", "%3a"), *spelled):
         assert host.ask("GET", f"/ips/{key}")[:2] == (200, {"ip": ip})
         assert host.ask("POST", f"/ips/{key}/lock").status == host.ask("POST", f"/ips/{key}/failover").status == 409
     for method, checks in (("PATCH", [TCP]), ("PUT", [{**TCP, "port": 2}, TCP])):
@@ -1211,6 +1234,7 @@ WRONG_CALLS = [
     *wrong(409, "no ZooKeeper", ("POST", f"{MINE}/lock", (None,)), ("POST", f"{MINE}/failover", (None, {}))),
     *((verb, f"/ips/{key}", {"checks": []}, 404, "not found") for key in NOWHERE for verb in ("GET", "PUT", "DELETE")),
     *(("POST", f"/ips/{key}/{word}", None, 404, "not found") for key in NOWHERE for word in ("lock", "failover")),
+    ("POST", f"{MINE}/bogus", None, 404, "not found"),
     *(("GET", path, None, 404, "not found") for path in ("/", "/ip", "/ipsx", "/version/1", "//", "/ips//lock")),
     *((method, "/nowhere", b"{", 404, "not found") for method in ("POST", "BREW", "OPTIONS", "HEAD")),
     *((method, "/ips", None, 405, "GET, POST") for method in ("DELETE", "OPTIONS", "BREW", "TRACE", "HEAD")),
@@ -1228,7 +1252,8 @@ def test_a_wrong_request_is_refused_and_changes_nothing(busy, method, path, body
     if status == 405:
         assert answer.headers["Allow"] == error
     elif status == 404 and method != "HEAD":
-        assert answer.body == {"error": error, "resource": "IP" if re.match("/ips/[^/]", path) else "path"}
+        known = re.match(r"/ips/[^/]+(/24)?(/lock|/failover)?$", path)
+        assert answer.body == {"error": error, "resource": "IP" if known else "path"}
     elif method != "HEAD":
         assert answer.body["error"].startswith(error) and answer.body["detail"]
     assert busy.ips() == before

@@ -132,7 +132,8 @@ class Ledger:
         self.sweep()
         self.path = LEDGERS / prefix
         if self.path.exists():
-            raise RuntimeError(f"a lab named {prefix} is running already: process {self.path.read_text().split()[0]}")
+            pid = self.path.read_text().split()[0]
+            raise RuntimeError(f"another one is running already, as process {pid}: end it first (kill {pid})")
         self.directory = Path(tempfile.mkdtemp(prefix=f"{prefix}-"))
         self.path.write_text(f"{_identity(os.getpid())}\n{self.directory}\n")
 
@@ -178,9 +179,11 @@ class Ledger:
 
 
 def _identity(pid: int) -> str:
-    """A process id with its start time, which together are never used again; "pid 0" if there is none."""
+    """A process id with its start time, which together are never used again; "pid 0" if it is none or has ended."""
     with contextlib.suppress(OSError):
-        return f"{pid} {Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        if words[0] != "Z":
+            return f"{pid} {words[19]}"
     return f"{pid} 0"
 
 
@@ -1006,8 +1009,8 @@ GUIDE = """
 Three hosts are up: node1 {h1}, node2 {h2}, node3 {h3}. Try, in another terminal:
 
   # one virtual IP on all three hosts
-  for n in 1 2 3; do curl -su link:link -X POST {net}.$n:1313/ips -d '{{"ip": "{vip}/32"}}'; echo; done
-  curl -su link:link {h1}:1313/ips        # who has it; every host can be asked
+  for n in 1 2 3; do curl -su link:link -X POST {net}.$n:1313/ips -d '{{"ip": "{vip}/32"}}'; done
+  curl -su link:link {h1}:1313/ips        # who has it, as this host sees it: "bound", "wire", "reason"
   ping {vip}
 
   # pull the cable of node1 (of node2, node3: p2, p3), see who has it now, and put the cable back
@@ -1015,7 +1018,7 @@ Three hosts are up: node1 {h1}, node2 {h2}, node3 {h3}. Try, in another terminal
   sudo ip netns exec {sw} ip link set p1 up
 {planned}
   # let the agent of node1 crash: it is started again after a second, as systemd would, and nothing moves
-  sudo kill -9 {pid}
+  sudo kill -9 {pid}        # the new one's id is in the log below
 
 Ctrl-C ends the demo and removes everything. The logs:
 """
@@ -1077,8 +1080,8 @@ class Demo:
                 self._supervise(host)
 
     def _supervise(self, host: Host) -> None:
-        """Start an agent that crashed again after a second, as systemd would."""
-        if host.agent and host.agent.poll() and self._restarts[host] == float("inf"):
+        """Start an agent that has ended again after a second, as systemd would one that crashed."""
+        if host.agent and host.agent.poll() is not None and self._restarts[host] == float("inf"):
             self._restarts[host] = time.monotonic() + 1
             print(f"{host.name}: the agent ended with {host.agent.returncode}, next start in 1 s", flush=True)
         elif time.monotonic() > self._restarts[host]:
@@ -1114,14 +1117,21 @@ def free_subnet() -> str:
     raise RuntimeError("no free subnet for the demo")
 
 
+def say_goodbye() -> None:
+    """On a terminal that may be gone."""
+    with contextlib.suppress(OSError):
+        print("removing the demo: hosts, switch, processes and files", flush=True)
+
+
 def demo(zookeeper: bool, exit_after: float) -> None:
-    """Run the demo until Ctrl-C, SIGTERM or `exit_after` s."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    """Run the demo until Ctrl-C, SIGTERM, the end of the terminal or `exit_after` s."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it as ignored
     Ledger.sweep()  # before the look for a free subnet: a killed demo still uses one
     try:
         with Lab(prefix="link", subnet=free_subnet()) as lab, contextlib.suppress(KeyboardInterrupt):
-            lab.at_end(lambda: print("removing the demo: hosts, switch, processes and files", flush=True))
+            lab.at_end(say_goodbye)
             Demo(lab, zookeeper).follow(time.monotonic() + exit_after)
     except (RuntimeError, AssertionError) as error:
         sys.exit(f"lab.py: {error}")

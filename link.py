@@ -2369,7 +2369,8 @@ class Agent:
                 if self._wins(managed, heard.mac):
                     self._defend(managed)
             return
-        self._count_conflict(managed, heard.mac, contender)
+        if managed.intent is Intent.RUN and self._bound(managed):
+            self._count_conflict(managed, heard.mac, contender)
         if contender:
             self._note_heard(managed, heard.mac)
 
@@ -2386,9 +2387,7 @@ class Agent:
             self._dirty.add(managed.vip.address)
 
     def _count_conflict(self, managed: Managed, mac: bytes, contender: bool) -> None:
-        """Somebody else has an address that is bound here."""
-        if not self._bound(managed):
-            return
+        """Somebody else has an address that is bound here and to stay."""
         now = self.clock.now()
         if now - managed.rival_at > 10 * RIVAL_FRESH or managed.rival != _mac_text(mac):
             managed.rival = _mac_text(mac)

@@ -156,7 +156,8 @@ class HealthCheck:
     def parse(cls, raw: Any) -> HealthCheck:
         """Raises Invalid."""
         got = _take(raw, ("type", "host", "port", "path"), "health check")
-        kind, host, path = str(got.get("type", "")).upper(), got.get("host"), got.get("path") or "/"
+        kind, host, path = str(got.get("type", "")).upper(), got.get("host"), got.get("path")
+        path = "/" if path in (None, "") else path
         if kind not in ("TCP", "HTTP"):
             raise Invalid("invalid health check", detail="type must be TCP or HTTP")
         if not isinstance(host, str) or not re.fullmatch(r"[0-9A-Za-z._:-]{1,253}", host):
@@ -219,7 +220,9 @@ class VirtualIP:
     def parse(cls, raw: Any, interval: int) -> VirtualIP:
         """From a request's body, a configuration entry or the state file; `interval` is the default. Raises Invalid."""
         got = _take(raw, ("ip", "id", "checks", "healthcheck_interval"), "IP")
-        every = _whole(got.get("healthcheck_interval") or interval, 1, 3600, "healthcheck_interval")  # Go: 0
+        every = got.get("healthcheck_interval")
+        every = interval if every is None or (every == 0 and every is not False) else every  # Go leaves out, or says 0
+        every = _whole(every, 1, 3600, "healthcheck_interval")
         if not isinstance(name := got.get("id") or "", str):
             raise Invalid("invalid IP", detail="id must be text")
         return cls(parse_address(got.get("ip")), parse_checks(got.get("checks")), every, name)
@@ -401,21 +404,31 @@ def _is_ensemble(text: str) -> bool:
 
 def _check_relations(config: Config) -> None:
     """What one key says about another: refused here rather than found at three in the morning."""
-    c = config
-    checks = (
+    for wrong, message in (*_checks_here(config), *_checks_of_zookeeper(config)):
+        if wrong:
+            raise ConfigError(message)
+    for key in ("zookeeper_tls_ca", "zookeeper_tls_cert", "zookeeper_tls_key", "tls_cert", "tls_key"):
+        if (path := getattr(config, key)) and not os.access(path, os.R_OK):
+            raise ConfigError(f"{key}: {path} cannot be read; name a PEM file that this user may read")
+    tls_context(config)
+    if config.zookeeper_tls_ca:
+        try:
+            ssl.create_default_context(cafile=config.zookeeper_tls_ca)
+        except ssl.SSLError as error:
+            raise ConfigError(f"zookeeper_tls_ca: {config.zookeeper_tls_ca} is no PEM certificate: {error}") from None
+    _check_listen(config)
+    _check_ips(config)
+
+
+def _checks_here(c: Config) -> tuple[tuple[bool, str], ...]:
+    """What is wrong, and what to say then."""
+    return (
         (not c.interface, "interface: required; name the interface that carries the virtual IPs, e.g. interface: eth0"),
         (len(c.interface) > 15 or "/" in c.interface, f"interface: {c.interface!r} is not an interface name"),
-        (not re.fullmatch(r"[0-9A-Za-z._-]{1,253}", c.hostname), f"hostname: {c.hostname!r} is not a host name"),
         (
-            not re.fullmatch(r"(/[^/\s]+)+", c.zookeeper_root),
-            "zookeeper_root: must be an absolute path such as /link",
+            not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z._-]{0,252}", c.hostname),
+            f"hostname: {c.hostname!r} is not a host name",
         ),
-        (not _is_ensemble(c.zookeeper), f"zookeeper: {c.zookeeper!r} is not host:port[,host:port...][/chroot]"),
-        (
-            bool(c.zookeeper_auth) and ":" not in c.zookeeper_auth,
-            "zookeeper_auth: must be user:password",
-        ),
-        (bool(c.zookeeper_tls_cert) != bool(c.zookeeper_tls_key), "zookeeper_tls_cert: needs zookeeper_tls_key, too"),
         (bool(c.tls_cert) != bool(c.tls_key), "tls_cert: needs tls_key, too"),
         (bool(c.user) > bool(c.password), "user: needs password, too"),
         (bool(c.user) < bool(c.password), "password: needs user, too"),
@@ -423,7 +436,26 @@ def _check_relations(config: Config) -> None:
             c.probe_interval * max(c.probe_count, 1) >= c.session_timeout,
             "probe_interval: probe_interval * probe_count must be less than session_timeout; lower one of them",
         ),
+        (c.probe_count == 1, "probe_count: one lost packet is no silence; use 0, or 2 or more"),
         (c.handover_timeout >= c.stop_timeout, "handover_timeout: must be less than stop_timeout; lower it"),
+        (len(c.ips) > c.max_ips, f"ips: {len(c.ips)} IPs are more than max_ips ({c.max_ips}); raise max_ips"),
+    )
+
+
+def _checks_of_zookeeper(c: Config) -> tuple[tuple[bool, str], ...]:
+    """The same for what has to do with ZooKeeper."""
+    return (
+        (
+            not re.fullmatch(r"(/(?!\.{1,2}(/|$))[^/\s]+)+", c.zookeeper_root),
+            "zookeeper_root: must be an absolute path such as /link",
+        ),
+        (not _is_ensemble(c.zookeeper), f"zookeeper: {c.zookeeper!r} is not host:port[,host:port...][/chroot]"),
+        (
+            not c.zookeeper and (not c.probe_count or c.on_fault == "hold"),
+            "zookeeper: without it the wire decides: set it, or probe_count above 0 and on_fault other than hold",
+        ),
+        (bool(c.zookeeper_auth) and ":" not in c.zookeeper_auth, "zookeeper_auth: must be user:password"),
+        (bool(c.zookeeper_tls_cert) != bool(c.zookeeper_tls_key), "zookeeper_tls_cert: needs zookeeper_tls_key, too"),
         (
             c.at_most_one and not c.zookeeper,
             "promise: at-most-one needs ZooKeeper; set zookeeper, or use at-least-one",
@@ -432,17 +464,7 @@ def _check_relations(config: Config) -> None:
             c.at_most_one and c.session_timeout < 2,
             "session_timeout: at-most-one needs 2 s or more: the kernel counts address lifetimes in whole seconds",
         ),
-        (len(c.ips) > c.max_ips, f"ips: {len(c.ips)} IPs are more than max_ips ({c.max_ips}); raise max_ips"),
     )
-    for wrong, message in checks:
-        if wrong:
-            raise ConfigError(message)
-    for key in ("zookeeper_tls_ca", "zookeeper_tls_cert", "zookeeper_tls_key", "tls_cert", "tls_key"):
-        if (path := getattr(c, key)) and not os.access(path, os.R_OK):
-            raise ConfigError(f"{key}: {path} cannot be read; name a PEM file that this user may read")
-    tls_context(config)
-    _check_listen(config)
-    _check_ips(config)
 
 
 def tls_context(config: Config) -> ssl.SSLContext | None:
@@ -621,7 +643,8 @@ def _at_least_one(state: State, f: Facts) -> tuple[Event | None, bool, str]:
     seen = f.wire is Wire.ANSWERED or (f.overdue and f.wire is not Wire.SILENT and f.lock is Lock.OTHER)
     relieved = named and seen
     if f.intent is Intent.DELETE:
-        waits = f.successor and f.lock in (Lock.MINE, Lock.OTHER) and not relieved and not f.overdue
+        named = f.successor and f.lock in (Lock.MINE, Lock.OTHER)
+        waits = (named or f.lock is Lock.WAITING) and not relieved and not f.overdue
         return None, f.bound and waits, "is being removed from this host"
     if state is State.FAILING:
         return _failing(f, relieved)
@@ -827,20 +850,20 @@ class Network:
 
         The interface is looked up by name each time, so one that was made anew is found.
         """
-        if self._ipr is None:
-            from pyroute2 import IPRoute
+        from pyroute2 import IPRoute
+        from pyroute2.netlink.exceptions import NetlinkError
 
-            self._ipr = IPRoute()
         try:
+            self._ipr = self._ipr or IPRoute()
             index = socket.if_nametoindex(self.interface)
-        except OSError:
-            index = 0
-        if index != self._index:
-            self._open(index)
-        if not index:
+            if index != self._index:
+                self._open(index)
+            link = next((self._link(msg) for msg in self._ipr.get_links() if msg["index"] == index), Link())
+            return link, *self._addresses(index)
+        except (OSError, NetlinkError) as error:  # it is not there, or went while we looked; its end is reported
+            log.debug("%s: %s", self.interface, error)
+            self._open(0)
             return Link(), {}, {}
-        link = next((self._link(msg) for msg in self._ipr.get_links() if msg["index"] == index), Link())
-        return link, *self._addresses(index)
 
     def _link(self, msg: Any) -> Link:
         flags, mac = msg["flags"], msg.get_attr("IFLA_ADDRESS") or ""
@@ -998,8 +1021,10 @@ class Record(NamedTuple):
         """Never fails: what cannot be read is an empty record."""
         try:
             got = json.loads(data)
-            return cls(str(got["mac"]), tuple(map(str, got["addresses"])), str(got["boot"]))
-        except (ValueError, KeyError, TypeError):
+            bytes.fromhex(got["mac"].replace(":", ""))
+            own = tuple(str(ipaddress.ip_address(each)) for each in got["addresses"])
+            return cls(got["mac"], own, str(got["boot"]))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return cls("", (), "")
 
 
@@ -1014,6 +1039,8 @@ class _Queue:
     joining: bool = False  # our create is out, or what it made is not listed yet
     created: bool = False  # it was answered; the next listing counts
     settling: bool = False  # that listing is being read
+    leaving: bool = False  # forgotten, but our node may still be there
+    refused_at: float = float("-inf")  # ZooKeeper said no to a request: it is made again a little later
 
     def complete(self) -> None:
         """Show the listing if all of it has been read."""
@@ -1024,6 +1051,7 @@ class _Queue:
 
 
 # kazoo's Lock names its nodes <32 hex digits>__lock__<sequence>; half of ours are the session's id.
+UNKNOWN_HOST = "?"  # of a node that may not be read
 NODE = re.compile(r"(?:([0-9a-f]{16})[0-9a-f]{16})?.*__lock__-?\d{10}$")
 
 
@@ -1078,6 +1106,8 @@ class Coordinator:
         if timeout != self.timeout:
             log.info("ZooKeeper grants a session timeout of %.1f s, not %.1f s", timeout, self.timeout)
         self.timeout = timeout
+        if self._config.at_most_one and timeout < 2:
+            self._complain(f"ZooKeeper grants {timeout:.1f} s; at-most-one needs 2 s: raise maxSessionTimeout")
 
     def _on_state(self, state: str, client_id: tuple[int, bytes] | None) -> None:
         self._pinging = False
@@ -1142,8 +1172,10 @@ class Coordinator:
 
     def watch(self, address: str) -> None:
         """Begin to follow the queue of an address: one child watch, set again with each listing."""
-        if address not in self._queues:
-            self._queues[address] = _Queue(watch=lambda event: self._post(self._list, address))
+        queue_ = self._queues.get(address)
+        if queue_ is None or queue_.leaving:
+            queue_ = self._queues.setdefault(address, _Queue(watch=lambda event: self._post(self._list, address)))
+            queue_.leaving = False
             self._list(address)
 
     def _list(self, address: str) -> None:
@@ -1151,12 +1183,19 @@ class Coordinator:
             self._ask(lambda a: self._listed(address, a), "get_children", self._path(address), watch=queue_.watch)
 
     def _listed(self, address: str, answer: Any) -> None:
+        def made(answer: Any) -> None:
+            (self._listed if isinstance(answer, Exception) else lambda *_: self._list(address))(address, answer)
+
         queue_ = self._queues.get(address)
         if queue_ is None:
             return
         if isinstance(answer, Exception):
-            if type(answer).__name__ == "NoNodeError":
-                self._ask(lambda a: self._list(address), "ensure_path", self._path(address))
+            if type(answer).__name__ == "NoNodeError" and queue_.leaving:
+                self._queues.pop(address)
+            elif type(answer).__name__ == "NoNodeError":
+                self._ask(made, "ensure_path", self._path(address))
+            else:
+                queue_.refused_at = self._clock()
             return
         children = sorted((c for c in answer if NODE.match(c)), key=lambda c: int(c[-10:]))
         queue_.known = {child: queue_.known[child] for child in children if child in queue_.known}
@@ -1174,15 +1213,24 @@ class Coordinator:
         queue_ = self._queues.get(address)
         if queue_ is None or child not in queue_.children:
             return
-        if isinstance(answer, Exception):
+        if type(answer).__name__ == "NoNodeError":
             queue_.children.remove(child)
+        elif isinstance(answer, Exception):  # it may not be read; it has its place all the same
+            queue_.known[child] = Contender(child, UNKNOWN_HOST, 0)
         else:
             data, stat = answer
-            queue_.known[child] = Contender(child, data.decode(errors="replace"), stat.ephemeralOwner)
+            queue_.known[child] = Contender(child, (data or b"").decode(errors="replace"), stat.ephemeralOwner)
         self._show(address, queue_)
 
     def _show(self, address: str, queue_: _Queue) -> None:
         queue_.complete()
+        if queue_.leaving and queue_.shown is not None and not queue_.joining:
+            if self._mine(address):
+                self.leave(address)  # its end is seen by the watch
+            else:
+                self._queues.pop(address)
+                self._ask(lambda answer: None, "delete", self._path(address))
+            return
         twice = self._mine(address)[1:]  # the answer to our first create was lost
         for contender in queue_.shown or ():
             if contender.session in self._dead or contender in twice:
@@ -1201,9 +1249,13 @@ class Coordinator:
         queue_ = self._queues.get(address)
         if queue_ is None or queue_.joining or not self.connected or self._mine(address):
             return
+        if self._clock() - queue_.refused_at < REFUSED:
+            return
         queue_.joining = True
 
         def then(answer: Any) -> None:
+            if isinstance(answer, Exception) and type(answer).__name__ not in _ORDINARY:
+                queue_.refused_at = self._clock()
             queue_.created = True
             self._list(address)
 
@@ -1244,9 +1296,10 @@ class Coordinator:
 
     def forget(self, address: str) -> None:
         """Leave the queue and stop following it; the lock's directory goes with its last contender."""
+        self.watch(address)
+        self._queues[address].leaving = True  # until a listing shows that our node is gone, also after an outage
         self.leave(address)
-        self._queues.pop(address, None)
-        self._ask(lambda answer: None, "delete", self._path(address))
+        self._list(address)
 
     def publish(self, record: Record) -> None:
         """Tell the other hosts about this one: an ephemeral node per host.
@@ -1300,6 +1353,12 @@ class Coordinator:
     def _poke_hosts(self, event: Any) -> None:
         self._post(self._list_hosts)
 
+    def retry(self) -> None:
+        """Ask again for the queues that ZooKeeper has not shown, also after a refusal; to be called now and then."""
+        for address, queue_ in self._queues.items():
+            if queue_.shown is None and self._clock() - queue_.refused_at >= REFUSED:
+                self._list(address)
+
     def ping(self) -> None:
         """Have the session confirmed, one request at a time; finding our record gone publishes it again."""
 
@@ -1336,6 +1395,7 @@ def _hex(session: int) -> str:
     return f"{session & (1 << 64) - 1:016x}"
 
 
+REFUSED = 0.9  # seconds before a request that ZooKeeper refused is made again
 _ORDINARY = ("NoNodeError", "NodeExistsError", "NotEmptyError")  # somebody else was there first, or still is
 _NO_ANSWER = ("ConnectionLoss", "SessionExpiredError", "ConnectionClosedError", "AuthFailedError")
 
@@ -1416,11 +1476,11 @@ class Store:
         try:
             got = json.loads((self._dir / "session.json").read_bytes())
             if got["identity"] == self.identity:
-                return dict(got)
+                return _checked_session(got)
             log.warning("session.json is not of this host, boot, interface and configuration: starting afresh")
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             log.warning("session.json cannot be used (%s): starting afresh", error)
         return {}
 
@@ -1446,6 +1506,16 @@ class Store:
                 os.fsync(directory)
             finally:
                 os.close(directory)
+
+
+def _checked_session(got: dict[str, Any]) -> dict[str, Any]:
+    """The content of session.json; raises one of many errors where something in it is not what it should be."""
+    if got.get("session"):
+        _hex(got["session"][0]), bytes.fromhex(got["session"][1])
+    list(map(ipaddress.ip_interface, got.get("addresses", [])))
+    list(map(State, got.get("states", {}).values()))
+    macs = {str(host): str(mac) for host, mac in got.get("macs", {}).items()}
+    return {**got, "hosts": dict(got.get("hosts", {})), "macs": macs}
 
 
 def _private(path: str, flags: int) -> int:
@@ -1491,7 +1561,7 @@ def run_check(check: HealthCheck, timeout: float) -> str:
         return f"{check.type} {check.host}:{check.port}: {error or type(error).__name__}"
 
 
-@dataclass
+@dataclass(eq=False)
 class Probe:
     """The running record of one health check; loop thread only."""
 
@@ -1742,8 +1812,8 @@ class Clock:
     """Time for decisions (monotonic, seconds) and for people (UTC)."""
 
     def now(self) -> float:
-        """Unaffected by steps of the wall clock."""
-        return time.monotonic()
+        """Unaffected by steps of the wall clock; goes on while the machine is suspended (clock_gettime(2))."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
 
     def stamp(self) -> str:
         """ISO 8601, UTC."""
@@ -1812,7 +1882,7 @@ class Agent:
             return  # the caller was told that nothing happened
         try:
             future.set_result(function(*args))
-        except LinkError as error:
+        except Exception as error:
             future.set_exception(error)
 
     def at(self, when: float, function: Callable[..., Any], *args: Any) -> None:
@@ -1829,15 +1899,23 @@ class Agent:
         self._macs.update(saved.get("macs", {}))
         self.network.adopt(saved.get("addresses", []))
         self._link, self._kernel, self._own = self.network.sync()
-        for ip in [ip for ip, ours in self._kernel.items() if ours and str(ip.ip) not in vips]:
-            log.warning("%s was left by an earlier process and is not configured: removed", ip)
-            self._unbind(ip)
+        states = {address: State(word) for address, word in saved.get("states", {}).items()}
+        gone = [ip for ip, ours in self._kernel.items() if ours and str(ip.ip) not in vips]
+        for ip in gone:
+            if self.coordinator is None or str(ip.ip) not in states:
+                log.warning("%s was left by an earlier process and is not configured: removed", ip)
+                self._unbind(ip)
         if self.coordinator:  # first: it connects while the frames are built
             number, password = saved.get("session") or (None, "")
             session = (number, bytes.fromhex(password)) if number else None
             self.coordinator.start(session, self._record())
+            for address in set(states) - set(vips):  # the session may still have its lock
+                self.coordinator.forget(address)
         for vip in vips.values():
-            self._manage(vip, State(saved.get("states", {}).get(vip.address, State.FAILING)))
+            self._manage(vip, states.get(vip.address, State.FAILING))
+        for ip in filter(self._kernel.get, gone):
+            log.info("vip=%s is not configured any more", ip)
+            self._manage(VirtualIP(ip), states[str(ip.ip)]).intent = Intent.DELETE
         self._find_witnesses()
         if self._link.trouble:
             log.warning("%s", self._link.trouble if self._link.number else f"waiting for {self.config.interface}")
@@ -1927,6 +2005,8 @@ class Agent:
 
     def _tick(self) -> None:
         self._dirty.update(self.vips)
+        if self.coordinator:
+            self.coordinator.retry()
         notify("WATCHDOG=1")
         self.at(self.clock.now() + TICK, self._tick)
 
@@ -1987,7 +2067,8 @@ class Agent:
         if not self.config.probe_count or not self._link.arp or managed.frames is None:
             return Wire.BLIND
         if self._bound(managed):
-            foreign = managed.term and self._contenders(managed)[0].host not in self._peers
+            first = self._contenders(managed)[:1]
+            foreign = managed.term and first and first[0].host not in {*self._peers, UNKNOWN_HOST}
             if foreign:  # the lock is another program's: nobody will answer
                 return Wire.BLIND
             silence = (Wire.SILENT if self._hears() else Wire.BLIND) if asked_enough else Wire.LOOKING
@@ -2591,6 +2672,8 @@ class Agent:
         if isinstance(raw, dict) and raw.get("id"):
             raise Invalid("invalid IP", detail="id is given by LinK; leave it out")
         vip = VirtualIP.parse(raw, self.config.health_check_interval)
+        if self.stopping is not None:
+            raise Unavailable("stopping", detail="this agent is being stopped")
         old = self.vips.get(vip.address)
         if old and old.intent is not Intent.DELETE:
             raise Refused("already exists", detail=f"{old.vip.ip} is {old.vip.id}", id=old.vip.id)
@@ -2602,6 +2685,8 @@ class Agent:
         self.store.save_ips([*self._kept(), vip])
         if old:
             self._drop(old)
+            for _, future, _ in old.waiters:  # of the DELETE, which is done with it
+                future.set_result(None)
         managed = self._manage(vip)
         log.info("vip=%s added by the API as %s", vip.ip, vip.id)
         self._settle()
@@ -2687,7 +2772,10 @@ class Agent:
         c = self.coordinator
         if c is None:
             raise Refused("no ZooKeeper", detail="a move needs ZooKeeper; zookeeper is not configured")
-        if not c.connected or self._lock(managed) in (Lock.UNKNOWN, Lock.WAITING):
+        if managed.intent is not Intent.RUN:
+            raise Refused("busy", detail=f"another order for {managed.vip.ip} is under way: {managed.intent.value}")
+        lost = not c.connected or self.clock.now() - c.confirmed_at > c.timeout
+        if lost or c.queue(managed.vip.address) is None:
             raise Refused("ZooKeeper is out of reach", detail="GET /health tells when it is back")
         return self._contenders(managed)
 
@@ -3113,8 +3201,10 @@ def upgrade(agent: Agent, argv: Sequence[str]) -> None:
     command = [sys.executable, os.path.abspath(__file__), *argv]
 
     def prove() -> None:
-        child = os.posix_spawn(sys.executable, [*command, "--check"], os.environ)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        status = 127
+        with contextlib.suppress(OSError):
+            child = os.posix_spawn(sys.executable, [*command, "--check"], os.environ)
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         agent.post(proven, status)
 
     def proven(status: int) -> None:

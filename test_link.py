@@ -325,8 +325,8 @@ def test_a_running_standby_and_nobody_else_accuses_a_holder_that_fell_silent():
 def test_a_deleted_address_waits_for_a_successor_but_not_for_long_and_is_never_bound_anew():
     for old, f, _, _, d in settled():
         if f.intent is Intent.DELETE:
-            waits = f.bound and f.successor and not f.overdue and not relieved(f)
-            assert d.wanted is (waits and f.lock in (Lock.MINE, Lock.OTHER)), (old, f, d)
+            somebody = f.lock is Lock.WAITING or (f.successor and f.lock in (Lock.MINE, Lock.OTHER))
+            assert d.wanted is (f.bound and somebody and not f.overdue and not relieved(f)), (old, f, d)
 
 
 def test_at_most_one_has_the_address_exactly_while_healthy_and_running_with_a_confirmed_lock():
@@ -421,9 +421,10 @@ def test_the_environment_can_hold_lists_and_secrets():
 
 BAD_VALUES: dict[str, list[tuple[Any, str]]] = {  # key: value, or several keys; a word of the remedy
     "interface": [("", "required"), ("eth0/1", "not an interface name"), ("a" * 16, "not an interface name")],
-    "hostname": [("node 1", "not a host name")],
-    "zookeeper": [(text, "host:port") for text in ("zk1", "zk1:2181,,zk2:2181", "zk1:99999", "zk1:0/x", "z:1 /x")],
-    "zookeeper_root": [("link", "absolute path"), ("/", "absolute path")],
+    "hostname": [("node 1", "not a host name"), ("..", "not a host name")],
+    "zookeeper": [(text, "host:port") for text in ("zk1", "zk1:2181,,zk2:2181", "zk1:99999", "zk1:0/x", "z:1 /x")]
+    + [({wrong[0]: wrong[1]}, "set it, or") for wrong in (("probe_count", 0), ("on_fault", "hold"))],
+    "zookeeper_root": [(text, "absolute path") for text in ("link", "/", "/a/../b", "/a/")],
     "zookeeper_auth": [("secret", "user:password")],
     "zookeeper_tls_cert": [("c.pem", "zookeeper_tls_key")],
     "session_timeout": [
@@ -439,7 +440,7 @@ BAD_VALUES: dict[str, list[tuple[Any, str]]] = {  # key: value, or several keys;
     "health_check_fall": [(0, "use 1 ")],
     "health_check_rise": [(0, "use 1 ")],
     "probe_interval": [(0.001, "use 0.005 "), ({"probe_interval": 2, "session_timeout": 4}, "lower one")],
-    "probe_count": [(-1, "use 0 ")],
+    "probe_count": [(-1, "use 0 "), (1, "2 or more")],
     "witnesses": [(["gateway"], "address"), ("gateway", "list")],
     "on_fault": [("panic", "probe, claim, hold")],
     "promise": [("two", "at-least-one, at-most-one"), ("at-most-one", "set zookeeper")],
@@ -763,6 +764,16 @@ def test_a_session_does_not_outlive_the_boot(tmp_path, monkeypatch):
     assert store_in(tmp_path).load_session() == {}
 
 
+WRONG_SESSIONS = [{"session": [1, "xy"]}, {"session": 5}, {"session": ["a", "ab"]}, {"states": {"10.0.0.10": "BUSY"}}]
+WRONG_SESSIONS += [{"states": ["STANDBY"]}, {"addresses": ["10.0.0"]}, {"hosts": 5}, {"macs": ["02:00:00:00:00:01"]}]
+
+
+@table("content", WRONG_SESSIONS)
+def test_a_session_with_a_wrong_word_in_it_is_a_fresh_start(tmp_path, content):
+    store_in(tmp_path).save_session(content)
+    assert store_in(tmp_path).load_session() == {}
+
+
 @table("content", [b"", b"[]", b"5", b"{}", b'{"identity"', b"\xff", b'{"identity": null}', b"[" * 100000])
 def test_an_unreadable_session_is_a_fresh_start(tmp_path, content):
     (tmp_path / "session.json").write_bytes(content)
@@ -931,6 +942,8 @@ class FakeCoordinator:
         self.confirmed_at = self.agent.clock.now()
 
     def drop(self) -> None: ...
+
+    def retry(self) -> None: ...
 
     def stop(self, wait: float) -> None:
         self.connected = False

@@ -1327,6 +1327,136 @@ def test_at_rest_the_wire_is_quiet(vips: int, zookeeper: bool) -> None:
             assert rates[w.holder().name] == 0 and rates[w.others()[1].name] <= 1.2, rates
 
 
+# ----------------------------------------------------------------------------
+# IPs that come and go, and what ZooKeeper may say
+# ----------------------------------------------------------------------------
+
+ADDED = link.ipaddress.ip_interface("192.0.2.150/32")
+
+
+def add_to(w: World, *hosts: Host) -> None:
+    """By the API, one after another."""
+    for host in hosts:
+        assert host.agent
+        host.agent.post(host.agent.add_ip, {"ip": str(ADDED)})
+        w.run(0.5)
+
+
+def names(w: World) -> list[str]:
+    return [name for name, _, _ in w.queue(ADDED)]
+
+
+@pytest.mark.parametrize("outage", [True, False])
+def test_a_host_that_an_ip_is_deleted_from_leaves_no_node_that_would_keep_the_others_out(outage: bool) -> None:
+    for seed in range(3):
+        with resting(seed) as w:
+            add_to(w, *w.hosts)
+            w.run(2)
+            holder, first = w.holder(ADDED), w.host(names(w)[1])
+            if outage:
+                w.server.stop()
+                w.run(1)
+            first.ask("delete_ip", str(ADDED.ip))
+            w.run(3)
+            w.server.begin()
+            w.run(8)
+            assert first.name not in names(w) and len(names(w)) == 2, seed
+            holder.power_off()
+            assert w.run(8, until=lambda w=w: bool(w.binders(ADDED))) < 8, seed
+
+
+def test_a_post_and_a_delete_at_any_distance_leave_no_node_behind() -> None:
+    for pause in range(14):
+        with resting(1) as w:
+            add_to(w, w.hosts[0])
+            assert w.hosts[1].agent
+            w.hosts[1].agent.post(w.hosts[1].agent.add_ip, {"ip": str(ADDED)})
+            w.run(pause / 1000)
+            w.hosts[1].ask("delete_ip", str(ADDED.ip))
+            w.run(2)
+            assert names(w) == [w.hosts[0].name] and w.binders(ADDED) == [w.hosts[0]], pause
+
+
+@pytest.mark.parametrize("promise", ["at-least-one", "at-most-one"])
+@pytest.mark.parametrize("role", ["holder", "first standby"])
+def test_an_ip_that_a_reload_takes_out_of_one_host_is_served_by_the_others(role: str, promise: str) -> None:
+    with resting(1, promise=promise) as w:
+        changed = w.holder() if role == "holder" else w.others()[0]
+        ips, w.config["ips"] = w.config["ips"], []
+        changed.kill()
+        w.run(0.3)
+        changed.start()
+        w.config["ips"] = ips
+        w.run(8)
+        assert changed.agent and not changed.agent.vips and changed not in w.binders()
+        assert [name for name, _, _ in w.queue()] and changed.name not in [name for name, _, _ in w.queue()]
+        assert len(w.binders()) == 1
+        assert w.worst_gap == 0 or promise == "at-most-one"
+        w.holder().power_off()
+        assert w.run(9, until=lambda: bool(w.binders())) < 9
+
+
+def test_a_node_that_may_not_be_read_has_its_place_in_the_queue_all_the_same() -> None:
+    with resting(1) as w:
+        get = w.server.get
+
+        def guarded(path: str) -> tuple[bytes, Any]:
+            if "/ips/" in path and get(path)[1].ephemeralOwner == 0x999:
+                raise kazoo.NoAuthError
+            return get(path)
+
+        w.server.get = guarded  # type: ignore[method-assign]
+        path = "/link/ips/192.0.2.101/" + "0" * 32 + "__lock__0000000000"
+        w.server.nodes[path] = (b"another program", 0x999)
+        w.server._changed(("get_children", "/link/ips/192.0.2.101"))
+        w.run(3)
+        assert all(host.managed().state is not link.State.ACTIVATED or host is w.hosts[0] for host in w.hosts)
+        assert len(w.binders()) == 1 and link.Lock.MINE not in [h.agent._lock(h.managed()) for h in w.hosts if h.agent]
+
+
+BAD_DATA = {
+    "a lock node without data": ("/link/ips/192.0.2.101/x__lock__9999999999", None),
+    "a host's record with no address in it": ("/link/hosts/zz", b'{"mac": "", "addresses": ["nonsense"], "boot": ""}'),
+    "a host's record without end": ("/link/hosts/zz", b"[" * 100000),
+    "a host's record with a strange MAC": ("/link/hosts/zz", b'{"mac": "xyz", "addresses": [], "boot": ""}'),
+}
+
+
+@pytest.mark.parametrize("what", BAD_DATA)
+def test_strange_data_in_zookeeper_stops_no_agent(what: str) -> None:
+    path, data = BAD_DATA[what]
+    with resting(1) as w:
+        holder = w.holder()
+        w.server.nodes[path] = (data, 0x999)  # type: ignore[assignment]
+        w.server._changed(("get_children", path.rpartition("/")[0]))
+        w.run(5)
+        assert w.binders() == [holder] and all(host.runs for host in w.hosts)
+        holder.kill()
+        w.run(0.3)
+        holder.start()
+        w.run(5)
+        assert w.binders() == [holder] and holder.runs
+
+
+@pytest.mark.parametrize("call", ["create", "ensure_path", "get_children"])
+def test_what_zookeeper_refuses_is_asked_again_but_not_in_a_tight_loop(call: str) -> None:
+    with World(1, hosts=1) as w:
+        right, asked = getattr(w.server, call), list[float]()
+
+        def refuse(path: str, *args: Any, **more: Any) -> Any:
+            asked.append(w.now)
+            if "/ips" not in path:
+                return right(path, *args, **more)
+            raise kazoo.NoAuthError
+
+        setattr(w.server, call, refuse)
+        w.begin(rest=20)
+        assert 5 < len(asked) < 100, len(asked)
+        setattr(w.server, call, right)
+        w.run(3)
+        assert w.queue() and w.binders() == w.hosts
+
+
 if __name__ == "__main__":
     logging.basicConfig(format="                    %(message)s", stream=sys.stdout)
     print("\n".join(storm(int(sys.argv[1])).wrong) or "nothing is wrong")

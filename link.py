@@ -26,7 +26,7 @@ and end with the process. A dead loop ends the process; the supervisor restarts 
 Not promised: a virtual IP cannot be fenced by ARP. A host whose agent is hung keeps answering until its session has
 ended and another host has taken the address over; two sides of a split network both serve, each for itself.
 
-Exit codes: 0 stopped, 1 failed, 2 wrong configuration, 3 another agent runs with this state directory.
+Exit codes: 0 stopped, 1 failed, 2 wrong configuration, 3 another agent runs on this interface or state directory.
 """
 
 from __future__ import annotations
@@ -936,11 +936,18 @@ class Network:
             if error.errno not in (errno.EADDRNOTAVAIL, errno.ENODEV, errno.ENOENT):
                 raise
 
-    def _netlink(self, command: str, ip: Address, **more: Any) -> None:
+    def clear(self, interface: str, addresses: Iterable[str]) -> None:
+        """Remove these from another interface, if it is there; no error where they are not."""
+        for ip in map(ipaddress.ip_interface, addresses):
+            with contextlib.suppress(OSError):
+                self._netlink("del", ip, socket.if_nametoindex(interface))
+
+    def _netlink(self, command: str, ip: Address, index: int = 0, **more: Any) -> None:
         from pyroute2.netlink.exceptions import NetlinkError
 
         try:
-            self._ipr.addr(command, index=self._index, address=str(ip.ip), prefixlen=ip.network.prefixlen, **more)
+            where = {"index": index or self._index, "address": str(ip.ip), "prefixlen": ip.network.prefixlen}
+            self._ipr.addr(command, **where, **more)
         except NetlinkError as error:
             raise OSError(error.code, os.strerror(error.code)) from None
 
@@ -1484,6 +1491,14 @@ class Store:
             log.warning("session.json cannot be used (%s): starting afresh", error)
         return {}
 
+    def elsewhere(self) -> tuple[str, list[str]]:
+        """The other interface that an earlier process of this host worked on in this boot, and what it had bound."""
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+            got = json.loads((self._dir / "session.json").read_bytes())
+            if got["identity"][:2] == self.identity[:2] and got["identity"][-1] != self.identity[-1]:
+                return str(got["identity"][-1]), list(map(str, got["addresses"]))
+        return "", []
+
     def save_session(self, content: Mapping[str, Any]) -> None:
         """Best effort: without it a restart is a start."""
         try:
@@ -1898,6 +1913,7 @@ class Agent:
             self._peers[host] = Record.parse(json.dumps(record).encode())
         self._macs.update(saved.get("macs", {}))
         self.network.adopt(saved.get("addresses", []))
+        self.network.clear(*self.store.elsewhere())
         self._link, self._kernel, self._own = self.network.sync()
         states = {address: State(word) for address, word in saved.get("states", {}).items()}
         gone = [ip for ip, ours in self._kernel.items() if ours and str(ip.ip) not in vips]
@@ -3196,6 +3212,13 @@ def lock_state_dir(config: Config) -> Any:
     return lock
 
 
+def lock_interface(config: Config) -> Any:
+    """Held until the process ends: a name in the network namespace (unix(7)). Raises OSError where it is taken."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sock.bind(f"\0link on {config.interface}")
+    return sock
+
+
 def upgrade(agent: Agent, argv: Sequence[str]) -> None:
     """SIGHUP: prove the new file and configuration in a child process, then execute it in place of this one."""
     command = [sys.executable, os.path.abspath(__file__), *argv]
@@ -3266,9 +3289,10 @@ def main(argv: Sequence[str]) -> int:
     set_up_logging(config)
     sys.setswitchinterval(0.0005)  # the loop must not wait 5 ms for each of kazoo's turns
     try:
-        lock = lock_state_dir(config)
-    except BlockingIOError:
-        log.error("another agent runs with state_dir %s: stop it, or give this one its own", config.state_dir)
+        locks = lock_state_dir(config), lock_interface(config)
+    except OSError:
+        taken = f"interface {config.interface} or with state_dir {config.state_dir}"
+        log.error("another agent runs on %s: stop it, or give this one its own", taken)
         return 3
     try:
         serve(config, argv)
@@ -3278,7 +3302,7 @@ def main(argv: Sequence[str]) -> int:
     except Exception:
         log.exception("the agent has failed")
         return 1
-    del lock
+    del locks
     return 0
 
 

@@ -767,19 +767,20 @@ def test_an_agent_starts_and_serves_with_zookeeper_down(c: Cluster) -> None:
     assert c.bound(vip) == [host]
 
 
-def test_a_second_daemon_with_the_same_state_directory_refuses_to_start(c: Cluster) -> None:
+@pytest.mark.parametrize("same", ["state_dir", "interface"])
+def test_a_second_daemon_with_the_same_state_directory_or_interface_refuses_to_start(c: Cluster, same: str) -> None:
     host = c.hosts[0]
+    before = dict(host.config)
     vip = c.add(host)
     c.settled(vip, among=[host])
     first = host.agent
-    second = {**host.config, "listen": "127.0.0.1:1314"}
-    host.start(**second)
+    other = {"interface": "lo"} if same == "state_dir" else {"state_dir": str(host.directory / "other")}
+    host.start(**{**before, **other, "listen": "127.0.0.1:1314"})
     try:
         assert host.agent and host.agent.wait(10) == 3
         assert "another agent runs" in c.news(host)
     finally:
-        host.agent = first
-        host.config["listen"] = "127.0.0.1:1313"
+        host.agent, host.config = first, before
     assert c.bound(vip) == [host]
 
 
@@ -1120,6 +1121,20 @@ def test_an_interface_set_down_on_the_holder_moves_the_ip_and_up_again_leaves_it
         wait_until(lambda: c.bound(vip) == [new], 3, "one binder")
         wait_until(lambda: c.serves(holder), 8)
         assert c.settled(vip)[0] is new
+
+
+def test_an_agent_that_is_given_another_interface_leaves_nothing_on_the_old_one(n: Cluster) -> None:
+    host, before = n.hosts[0], dict(n.hosts[0].config)
+    vip = n.add(host)
+    n.settled(vip, among=[host])
+    host.stop()
+    assert n.bound(vip) == [host]
+    n.start(host, **{**before, "interface": "mgmt0"})
+    wait_until(lambda: f"{vip}/32" in host.ip("-o", "addr", "show", "dev", "mgmt0"), 8, "bound on the new interface")
+    assert n.bound(vip) == []
+    host.api("DELETE", f"/ips/{vip}")
+    host.stop()
+    n.start(host, **before)
 
 
 def test_a_new_hardware_address_is_announced_within_a_second(c: Cluster) -> None:

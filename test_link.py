@@ -859,6 +859,9 @@ class FakeNetwork:
     def adopt(self, addresses: Iterable[str]) -> None:
         """The kernel remembers by itself."""
 
+    def clear(self, interface: str, addresses: Iterable[str]) -> None:
+        """There is one interface only."""
+
     def add(self, ip: link.Address, lifetime: int = 0) -> None:
         if self.broken:
             raise self.broken

@@ -332,6 +332,9 @@ class SimNetwork:
     def adopt(self, addresses: Iterable[str]) -> None:
         """This kernel keeps IFA_PROTO."""
 
+    def clear(self, interface: str, addresses: Iterable[str]) -> None:
+        """There is one interface only."""
+
     def add(self, ip: link.Address, lifetime: int = 0) -> None:
         """The kernel looks for expired addresses now and then: up to half a second late."""
         slack = self._host.world.rng.uniform(0, 0.5)

@@ -1779,7 +1779,7 @@ TICK = 1.0  # everything is decided again this often: level-triggered
 JOIN_LATER = 2.0  # a host that hears another one have the IP gives it so long to join an empty queue first
 BACKOFF = (1.0, 60.0)  # doubled by each take-over that was contested, up to this many seconds without another
 ALONE = 10.0  # a host that hears nobody at all, nor ZooKeeper, takes an IP only after so many seconds
-ANSWER = 0.15  # seconds within which ZooKeeper must answer when a holder is to be replaced
+ANSWER = 0.1  # seconds within which ZooKeeper must answer when a holder is to be replaced
 LINGER = 0.05  # seconds an address stays after its new holder is heard: requests are still on their way to the old one
 
 

@@ -544,6 +544,27 @@ def test_a_standby_cut_off_from_zookeeper_changes_nothing(c: Cluster) -> None:
         assert c.settled(vip)[0] is holder
 
 
+def test_with_a_chroot_and_credentials_the_locks_are_there_and_for_nobody_else(c: Cluster) -> None:
+    from kazoo.exceptions import NoAuthError
+
+    c.restart(zookeeper=f"{c.zk.hosts}/some/chroot", zookeeper_auth="link:secret")
+    vip, holder, others = c.held()
+    path = f"/some/chroot/link/ips/{vip}"
+    friend, stranger = c.kazoo(), c.kazoo()
+    try:
+        friend.add_auth("digest", "link:secret")
+        nodes = sorted(friend.get_children(path), key=lambda node: node[-10:])
+        assert [friend.get(f"{path}/{node}")[0].decode() for node in nodes] == [h.name for h in (holder, *others)]
+        for call, *args in (("get_children", path), ("get", f"{path}/{nodes[0]}"), ("delete", f"{path}/{nodes[0]}")):
+            with pytest.raises(NoAuthError):
+                getattr(stranger, call)(*args)
+    finally:
+        friend.stop()
+        stranger.stop()
+    holder.power_off()
+    c.settled(vip, among=others)
+
+
 def test_an_outage_of_zookeeper_longer_than_the_session_changes_nothing(c: Cluster) -> None:
     vip, holder, _ = c.held()
     with c.watch(vip, quiet=True, lost=0) as observer:

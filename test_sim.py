@@ -270,6 +270,15 @@ class Host:
                 self.later(self.world.rng.uniform(0, 0.002), do)
             self.wake(self.world.now)
 
+    def suspend(self) -> None:
+        """The whole virtual machine: its kernel answers nothing, and what is sent to it is lost."""
+        self.freeze()
+        self.deaf = True
+
+    def wake_up(self) -> None:
+        self.deaf = False
+        self.resume()
+
     def power_off(self) -> None:
         self.kill()
         self.powered, self.boot = False, self.boot + 1
@@ -371,6 +380,7 @@ class SimWire:
     def __init__(self, world: World) -> None:
         self._world = world
         self.loss = 0.0
+        self.broken: set[tuple[str, str]] = set()  # (sender, receiver): no frame passes this way
         self.sent: Counter[tuple[str, str]] = Counter()  # (host, asks or claims): frames that agents sent
 
     def send(self, sender: Host, frame: bytes) -> None:
@@ -390,7 +400,7 @@ class SimWire:
             self._world.after(0.0002 + 0.0018 * chance(), self._arrive, sender, to, heard)
 
     def _arrive(self, sender: Host, to: Host, heard: link.Heard) -> None:
-        if not to.on_wire or to.deaf or to.side != sender.side:
+        if not to.on_wire or to.deaf or to.side != sender.side or (sender.name, to.name) in self.broken:
             return
         if heard.asks and sender.on_wire and to.answers(heard.address):
             self._pass(to, sender, link.Heard(heard.address, to.mac, False, False))
@@ -1458,6 +1468,189 @@ def test_what_zookeeper_refuses_is_asked_again_but_not_in_a_tight_loop(call: str
         setattr(w.server, call, right)
         w.run(3)
         assert w.queue() and w.binders() == w.hosts
+# -- a loop that was late: look first, act after
+
+
+@pytest.mark.parametrize("asleep", [1.5, 3.5])
+def test_a_suspended_holder_that_was_replaced_announces_nothing_when_it_wakes(asleep: float) -> None:
+    """By its own clock its session lives, and the queue that it remembers begins with itself."""
+    for seed in range(5):
+        with resting(seed, rest=1, announce_interval=0.5) as w:
+            old = w.holder()
+            old.suspend()
+            w.run(asleep)
+            claims = w.wire.sent[old.name, "claims"]
+            old.wake_up()
+            assert w.run(3, until=lambda w=w: len(w.binders()) == 1) < 1, seed
+            w.run(2)
+            assert w.holder() is not old and w.wire.sent[old.name, "claims"] == claims, seed
+
+
+def test_a_standby_that_was_stopped_accuses_nobody_on_the_strength_of_what_it_slept_through() -> None:
+    """Its last probe was out, the holder is back since, and the witness's old answer waits in the socket."""
+    for seed in range(3):
+        with resting(seed, rest=11, announce_interval=0.0) as w:
+            holder, first = w.holder(), w.others()[0]
+            holder.side = 1
+            w.run(2, until=lambda f=first: f.agent.prober.about_to_claim(f.managed()))
+            first.freeze()
+            w.run(0.1)
+            holder.side = 0
+            w.run(2)
+            first.resume()
+            w.run(5)
+            assert w.binders() == [holder] and "breaks a lock" not in str(w.history), seed
+
+
+def test_a_binder_that_was_stopped_does_not_yield_to_who_has_died_meanwhile() -> None:
+    for seed in range(10):
+        with resting(seed, hosts=2, zookeeper=False) as w:
+            old = w.holder()
+            old.freeze()
+            old.side = 1
+            w.run(1)
+            (new,) = (h for h in w.binders() if h is not old)
+            old.side = 0
+            w.run(1.5)  # the old one's kernel answers, and the new one defends the address
+            new.power_off()
+            w.run(1)
+            old.resume()
+            w.run(5)
+            assert w.holder() is old and f"{old.name:9} unbinds" not in str(w.history), seed
+
+
+# -- who may accuse whom
+
+
+def test_a_standby_whose_own_cable_is_out_accuses_nobody_although_it_reaches_zookeeper() -> None:
+    for seed in range(5):
+        with resting(seed, hosts=2) as w:
+            w.gateway.powered = False  # no witness is left that could be missed
+            holder, first = w.holder(), w.others()[0]
+            first.cable(False)
+            w.run(20)
+            assert w.binders() == [holder] and "breaks a lock" not in str(w.history), seed
+
+
+def test_the_accused_holder_is_no_witness_that_the_accuser_can_hear() -> None:
+    """The standby hears but one word of the whole LAN: the holder's own address. That proves no death."""
+    for seed in range(3):
+        with resting(seed) as w:
+            holder, (first, second) = w.holder(), w.others()
+            w.gateway.powered, holder.mute = False, True
+            w.wire.broken = {(second.name, first.name)}
+            w.run(10)
+            assert w.binders() == [holder] and "breaks a lock" not in str(w.history), seed
+
+
+def test_a_holder_that_goes_on_with_another_mac_is_not_accused() -> None:
+    """A bond fails over: its first announcement is a stranger's, its second would come too late."""
+    for seed in range(20):
+        with resting(seed, rest=2, probe_interval=0.02) as w:
+            holder = w.holder()
+            w.run(seed * 0.001)
+            holder.mac = b"\x02\0\0\0\1\1"
+            holder.netlink("has another MAC")
+            w.run(2)
+            assert w.binders() == [holder] and "breaks a lock" not in str(w.history), seed
+
+
+def test_only_the_first_standby_accuses() -> None:
+    """What stands between the holder and the second standby alone is no death."""
+    for seed in range(3):
+        with resting(seed) as w:
+            holder, second = w.holder(), w.others()[1]
+            w.wire.broken = {(holder.name, second.name), (second.name, holder.name)}
+            w.run(10)
+            assert w.binders() == [holder] and "breaks a lock" not in str(w.history), seed
+
+
+def test_the_silence_of_the_last_holder_says_nothing_about_its_successor() -> None:
+    for seed in range(5):
+        with resting(seed) as w:
+            old, (new, next_) = w.holder(), w.others()
+            w.wire.broken = {(new.name, next_.name)}  # it does not hear the new one, only that the old one is silent
+            old.ask("failover", str(w.vips[0].ip))
+            w.run(10)
+            assert w.binders() == [new] and "breaks a lock" not in str(w.history), seed
+
+
+# -- moves, and who is told
+
+
+def test_clients_that_come_back_with_a_contender_are_called() -> None:
+    """A move while a part of the LAN was cut off; at most one: nobody there asks the wire, or has bound the address."""
+    with resting(1, promise="at-most-one", announce_interval=0.0) as w:
+        w.zookeeper_on_lan = True
+        away = w.others()[1]
+        away.side = 1
+        w.run(6)
+        w.holder().ask("failover", str(w.vips[0].ip))
+        w.run(12)
+        new, w.wire.sent = w.holder(), Counter()
+        away.side = 0
+        w.run(3)
+        assert away.name in [name for name, _, _ in w.queue()] and w.wire.sent[new.name, "claims"]
+
+
+def test_a_process_that_adopts_an_address_looks_before_it_trusts_it() -> None:
+    """Another host took over while it was dead and its host isolated: whoever has the lower MAC, it yields at once."""
+    for seed in range(10):
+        with resting(seed, zookeeper=False, announce_interval=0.5) as w:
+            old = w.holder()
+            old.kill()
+            old.side = 1
+            w.run(3)
+            claims, old.side = w.wire.sent[old.name, "claims"], 0
+            old.start()
+            assert w.run(3, until=lambda w=w: len(w.binders()) == 1) < 0.3, seed
+            assert w.holder() is not old and w.wire.sent[old.name, "claims"] == claims, seed
+
+
+def test_an_adopted_address_goes_on_being_announced() -> None:
+    with resting(2, announce_interval=5.0) as w:
+        holder = w.holder()
+        holder.kill()
+        holder.start()
+        w.run(12)
+        w.wire.sent.clear()
+        w.run(12)
+        assert w.wire.sent[holder.name, "claims"] >= 4
+
+
+def test_an_address_stays_for_a_moment_when_its_new_holder_is_heard() -> None:
+    """Requests are still on their way to the old one."""
+    for seed in range(5):
+        with resting(seed) as w:
+            w.others()[0].ask("take_lock", str(w.vips[0].ip))
+            w.run(1, until=lambda w=w: len(w.binders()) == 2)
+            assert w.run(1, until=lambda w=w: len(w.binders()) == 1) >= 0.05, seed
+
+
+def test_a_holder_whose_successor_is_gone_before_it_let_go_calls_its_clients_back() -> None:
+    for seed in range(5):
+        with resting(seed, hosts=2, rest=15, announce_interval=0.0) as w:
+            old, new = w.holder(), w.others()[0]
+            new.ask("take_lock", str(w.vips[0].ip))
+            w.run(1, until=lambda w=w, old=old: old.managed().unwanted_since < FOREVER)
+            new.power_off()
+            w.wire.sent.clear()
+            w.fault("unlock", new, w.vips[0], True)
+            w.run(1)
+            assert w.binders() == [old] and f"{old.name:9} unbinds" not in str(w.history), seed
+            assert w.wire.sent[old.name, "claims"], seed
+
+
+def test_at_most_one_ends_with_the_last_confirmation_if_the_agent_hangs() -> None:
+    """Its lifetimes are not begun anew on the strength of an old one: the kernel must be done when the session is."""
+    for seed, late in itertools.product(range(2), (1.5, 2.5, 3.0, 3.4, 3.7, 3.9)):
+        with resting(seed, rest=1, promise="at-most-one") as w:
+            old = w.holder()
+            old.cut = True
+            w.run(late)
+            old.freeze()
+            w.run(5)
+            assert not w.wrong and w.holder() is not old, (seed, late)
 
 
 if __name__ == "__main__":

@@ -1486,10 +1486,13 @@ def test_a_suspended_holder_that_was_replaced_announces_nothing_when_it_wakes(as
             assert w.holder() is not old and w.wire.sent[old.name, "claims"] == claims, seed
 
 
-def test_a_standby_that_was_stopped_accuses_nobody_on_the_strength_of_what_it_slept_through() -> None:
+@pytest.mark.parametrize("witness", [True, False])
+def test_a_standby_that_was_stopped_accuses_nobody_on_the_strength_of_what_it_slept_through(witness: bool) -> None:
     """Its last probe was out, the holder is back since, and the witness's old answer waits in the socket."""
     for seed in range(3):
-        with resting(seed, rest=11, announce_interval=0.0) as w:
+        with World(seed, hosts=3 if witness else 2, announce_interval=0.0) as w:
+            w.gateway.powered = witness
+            w.begin(rest=11)
             holder, first = w.holder(), w.others()[0]
             holder.side = 1
             w.run(2, until=lambda f=first: f.agent.prober.about_to_claim(f.managed()))
@@ -1524,8 +1527,9 @@ def test_a_binder_that_was_stopped_does_not_yield_to_who_has_died_meanwhile() ->
 
 def test_a_standby_whose_own_cable_is_out_accuses_nobody_although_it_reaches_zookeeper() -> None:
     for seed in range(5):
-        with resting(seed, hosts=2) as w:
-            w.gateway.powered = False  # no witness is left that could be missed
+        with World(seed, hosts=2) as w:
+            w.gateway.powered = False  # no witness at all: it cannot be missed
+            w.begin()
             holder, first = w.holder(), w.others()[0]
             first.cable(False)
             w.run(20)
@@ -1638,7 +1642,7 @@ def test_a_holder_whose_successor_is_gone_before_it_let_go_calls_its_clients_bac
             w.fault("unlock", new, w.vips[0], True)
             w.run(1)
             assert w.binders() == [old] and f"{old.name:9} unbinds" not in str(w.history), seed
-            assert w.wire.sent[old.name, "claims"], seed
+            assert w.wire.sent[old.name, "claims"] >= 4, seed  # at once and again: one may be lost
 
 
 def test_at_most_one_ends_with_the_last_confirmation_if_the_agent_hangs() -> None:

@@ -1702,7 +1702,7 @@ class Prober:
             self._send((managed.frames.ask_all,) if managed.frames else ())
         self._send(self.witness_frames)
         young = any(managed.hearing.misses < self.count for managed in stream.members)
-        stream.next_at = now + (self.interval if young else 4 * self.interval)
+        stream.next_at = now + max(self.interval if young else 4 * self.interval, len(stream.members) / 1000)
         return silent
 
     def _ask_in_turn(self, stream: Stream, now: float) -> list[Managed]:
@@ -2127,7 +2127,7 @@ class Agent:
         return managed.verify or hearing.at - hearing.rival_since >= patience
 
     def _accused(self, managed: Managed) -> bool:
-        """All the rules under which a standby may declare the holder dead."""
+        """All the rules under which a standby may declare the holder dead. Without a carrier it is none: it FAILS."""
         contenders, config = self._contenders(managed), self.config
         return (
             managed.hearing.misses >= config.probe_count > 0
@@ -2137,7 +2137,6 @@ class Agent:
             and contenders[0].host in self._peers
             and not config.at_most_one
             and self.clock.now() >= managed.quiet_until
-            and self._link.arp
             and self._hears(contenders[0].host)
         )
 
@@ -2582,7 +2581,7 @@ class Agent:
         self._stale, self._synced_at = False, self.clock.now()
         old_link, old_kernel, old_own = self._link, self._kernel, self._own
         self._link, self._kernel, self._own = self.network.sync()
-        self._sync_next = self.clock.now() + 4 * (self.clock.now() - self._synced_at)  # a fifth of the time at most
+        self._sync_next = self.clock.now() + 9 * (self.clock.now() - self._synced_at)  # a tenth of the time at most
         for managed in self.vips.values():
             if old_kernel.get(managed.vip.ip) and not self._bound(managed) and self._link.number:
                 log.warning("vip=%s was removed by somebody else", managed.vip.ip)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Creates a virtual IP on the machines of "vagrant up", cuts its holder's power, shows what the client sees, brings it back.
+# Makes a virtual IP on the machines of "vagrant up", cuts its holder's power, shows what the client sees, ends the cut.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 

@@ -112,9 +112,10 @@ main() {
         interfaces "${@:2}"
         ;;
     test)
-        packages zookeeper
+        # the last seven are for test_ansible.py: hosts in containers, the Vagrant files, the scripts
+        packages zookeeper mmdebstrap systemd-container openssh-client openssl util-linux vagrant shellcheck
         python_packages requirements-dev.txt
-        exec "$VENV/bin/python" -m pytest test_link.py test_sim.py test_lab.py "${@:2}"
+        exec "$VENV/bin/python" -m pytest test_link.py test_sim.py test_lab.py test_ansible.py "${@:2}"
         ;;
     bench)
         packages zookeeper

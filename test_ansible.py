@@ -332,8 +332,9 @@ class Site:
             "ANSIBLE_SSH_ARGS": "-o ControlMaster=auto -o ControlPersist=20s -o UserKnownHostsFile=/dev/null",
             "ANSIBLE_NOCOLOR": "1",
         }
-        told = json.dumps({**self.variables, **variables})
-        words = ["-i", str(self.inventory()), str(ANSIBLE / "site.yml"), "-e", told, *arguments]
+        told = self.lab.directory / "variables.json"  # not on the command line: Ansible may show that
+        told.write_text(json.dumps({**self.variables, **variables}))
+        words = ["-i", str(self.inventory()), str(ANSIBLE / "site.yml"), "-e", f"@{told}", *arguments]
         inside = ["nsenter", f"--net=/run/netns/{self.lab.client}"]
         began = time.monotonic()
         said = output_of(*inside, tool("ansible-playbook"), *words, fails=fails, **environment)
@@ -367,6 +368,11 @@ class Site:
             assert host.api("POST", f"/ips/{known}/lock", timeout=15)[0] == 204
         assert self.settled() is host
 
+    def hear(self, holder: Container) -> bool:
+        """Whether each standby has heard this host have the IP: only who answered can fall silent."""
+        others = [host.api("GET", "/ips")[1]["ips"][0]["wire"] for host in self.hosts if host is not holder]
+        return all(wire["state"] == "answered" and wire["mac"] == holder.mac for wire in others)
+
     def watch(self) -> lab.Observer:
         return lab.Observer(self.lab, VIP)
 
@@ -395,17 +401,36 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tool(name)
     kept = os.environ.get("LINK_TREE")
     path = Path(kept) if kept else tmp_path_factory.mktemp("debian") / "tree"
-    if not (path / "usr").exists():
+    if not path.exists():
         sources = [str(file) for file in Path("/etc/apt/sources.list.d").glob("debian.sources")]
         options = ["--variant=minbase", "--skip=cleanup/apt/lists", f"--include={PACKAGES}", "--quiet"]
-        output_of(tool("mmdebstrap"), *options, "bookworm", str(path), *sources)
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+        output_of(tool("mmdebstrap"), *options, "bookworm", str(unfinished), *sources)
+        unfinished.rename(path)
     return path
 
 
+def refusal(tree: Path, where: Path) -> str:
+    """Why this machine cannot run containers over a tree, or ''."""
+    upper, work, root = layers = [where / name for name in ("upper", "work", "root")]
+    for layer in layers:
+        layer.mkdir()
+    options = f"lowerdir={tree},upperdir={upper},workdir={work}"
+    mount = ["mount", "-t", "overlay", "overlay", "-o", options, str(root)]
+    inside = ["systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--private-network", "-D", str(root)]
+    said = ""
+    for command in (mount, [*inside, "/bin/true"], ["umount", str(root)]):
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        said = said or (f"{command[0]}: {done.stderr.strip() or done.returncode}" if done.returncode else "")
+    return said
+
+
 @pytest.fixture(scope="module")
-def site(tree: Path) -> Iterator[Site]:
+def site(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """Three bare hosts and a client."""
     tool("ansible-playbook")
+    if why := refusal(tree, tmp_path_factory.mktemp("container")):
+        pytest.skip(f"NOT TESTED: this machine cannot run containers: {why}")
     with lab.Lab(hosts=0, ipv6=False) as world:
         hosts = Site(world, tree)
         for host in hosts.hosts:
@@ -498,16 +523,10 @@ def test_a_second_run_changes_nothing(converged: Site) -> None:
 
 
 def test_a_dry_run_on_converged_hosts_shows_the_difference_and_makes_none(converged: Site) -> None:
-    assert not any(converged.play("--check", "--diff").changed.values())
     said = converged.play("--check", "--diff", link_probe_count=4)
+    assert said.changed == {"node1": 1, "node2": 1, "node3": 1}, said.text  # the configuration and nothing else
     assert said.text.count("+probe_count: 4") == 3
     assert not any("probe_count: 4" in host.sh("cat /etc/link/link.yml") for host in converged.hosts)
-
-
-def test_a_password_is_never_shown(converged: Site) -> None:
-    said = converged.play("--check", "--diff", "-vvv", link_user="operator", link_password="hunter2-hunter2")
-    said_without_command_line = said.text.replace(json.dumps("hunter2-hunter2"), "", 1)
-    assert "hunter2-hunter2" not in said_without_command_line
 
 
 def test_the_agent_has_two_capabilities_no_root_and_writes_nowhere_but_in_its_state_directory(converged: Site) -> None:
@@ -549,7 +568,7 @@ def test_a_rolling_upgrade_by_the_playbook_loses_nothing(converged: Site) -> Non
     converged.variables["link_source"] = changed_program(converged, "9.9.9")
     with converged.watch() as observer:
         said = converged.play()
-        time.sleep(2)
+        converged.settled()
     report("rolling upgrade", observer.result)
     assert all(said.changed.values()) and observer.result.lost == 0
     assert [host.api("GET", "/version")[1]["version"] for host in converged.hosts] == ["9.9.9"] * 3
@@ -562,11 +581,11 @@ def test_a_changed_variable_loses_nothing(converged: Site) -> None:
     converged.variables["link_session_timeout"] = 5.0
     with converged.watch() as observer:
         converged.play()
-        time.sleep(2)
+        converged.settled()
     report("changed variable", observer.result)
     assert observer.result.lost == 0 and holder.holds()
+    assert all("session_timeout: 5.0" in host.sh("cat /etc/link/link.yml") for host in converged.hosts)
     assert [host.property("MainPID") for host in converged.hosts] == pids
-    assert converged.settled() is holder
 
 
 def test_a_killed_agent_is_restarted_and_nothing_is_lost(converged: Site) -> None:
@@ -603,7 +622,30 @@ def test_a_rolling_restart_of_zookeeper_loses_nothing(converged: Site) -> None:
     assert not set(pids) & {host.property("MainPID", "zookeeper") for host in converged.hosts}
 
 
-def test_tls_can_be_turned_on_while_it_runs(converged: Site) -> None:
+@pytest.mark.parametrize("server", ["follower", "leader"])
+def test_killing_the_host_of_the_holder_costs_at_most_a_third_of_a_second(converged: Site, server: str) -> None:
+    converged.settled()
+    victim = next(host for host in converged.hosts if host.mode() == server)
+    converged.move_to(victim)
+    lab.wait_until(lambda: converged.hear(victim), 10, f"both standbys hear {victim.name}")
+    with converged.watch() as observer:
+        time.sleep(0.5)
+        killed = observer.mark()
+        victim.die()
+        time.sleep(6)
+    try:
+        report(f"death of the holder's host, ZooKeeper's {server}", observer.result)
+        print([(who, round(a - killed, 3), round(b - killed, 3)) for who, a, b in observer.result.holders])
+        print([(round(a - killed, 3), round(b - killed, 3)) for a, b in observer.result.outages])
+        print(*(host.journal() for host in converged.hosts if host is not victim), sep="\n")
+        assert observer.result.holders[0][0] == victim.name
+        assert observer.result.away <= 0.35
+    finally:
+        victim.revive()
+        converged.settled()
+
+
+def test_tls_and_a_password_can_be_set_while_it_runs_and_the_password_is_never_shown(converged: Site) -> None:
     converged.settled()
     for host in converged.hosts:
         certificates(converged, host)
@@ -613,23 +655,31 @@ def test_tls_can_be_turned_on_while_it_runs(converged: Site) -> None:
         "link_zookeeper_tls_ca": "/etc/zookeeper/tls/ca.pem",
         "link_tls_cert": "/etc/link/api.pem",
         "link_tls_key": "/etc/link/api.pem",
+        "link_user": "operator",
+        "link_password": PASSWORD,
     }
     with converged.watch() as observer:
-        said = converged.play()
-        time.sleep(8)  # more than a session
+        said = converged.play("--diff", "-vvv")
+        time.sleep(8)  # more than a session: what the old one leaves behind would show by now
     report("ZooKeeper and the API by TLS", observer.result)
     assert not said.failed and observer.result.lost == 0  # a new ensemble address is a new session: the IP may move
+    assert PASSWORD not in said.text and "+zookeeper: " not in said.text
     for host in converged.hosts:
         assert ":2281,10" in host.sh("grep ^zookeeper: /etc/link/link.yml")
-        health = host.sh("python3 -c '" + HEALTH_BY_TLS + "'")
+        assert host.sh(f"python3 -c '{HEALTH_BY_TLS}' operator:wrong") == "401"
+        health = host.sh(f"python3 -c '{HEALTH_BY_TLS}' operator:{PASSWORD}")
         assert json.loads(health)["zookeeper"]["state"] == "connected"
-    converged.variables = {k: v for k, v in converged.variables.items() if "tls" not in k}
-    converged.play()
-    converged.settled()
+    assert sum(host.holds() for host in converged.hosts) == 1
 
 
-HEALTH_BY_TLS = """import ssl, urllib.request as u
-print(u.urlopen("https://127.0.0.1:1313/health", context=ssl._create_unverified_context()).read().decode())"""
+PASSWORD = "hunter2-hunter2"
+HEALTH_BY_TLS = """import base64, ssl, sys, urllib.error, urllib.request as u
+token = base64.b64encode(sys.argv[1].encode()).decode()
+asked = u.Request("https://127.0.0.1:1313/health", headers={"Authorization": "Basic " + token})
+try:
+    print(u.urlopen(asked, context=ssl._create_unverified_context()).read().decode())
+except urllib.error.HTTPError as error:
+    print(error.code)"""
 
 
 def certificates(site: Site, host: Container) -> None:
@@ -653,28 +703,6 @@ def certificates(site: Site, host: Container) -> None:
         host.sh(f"chown root:{group} /{name}; chmod {'644' if group == 'root' else '640'} /{name}")
 
 
-@pytest.mark.parametrize("server", ["follower", "leader"])
-def test_killing_the_host_of_the_holder_costs_at_most_a_third_of_a_second(converged: Site, server: str) -> None:
-    converged.settled()
-    victim = next(host for host in converged.hosts if host.mode() == server)
-    converged.move_to(victim)
-    time.sleep(2)  # the standbys have heard it
-    with converged.watch() as observer:
-        time.sleep(0.5)
-        killed = observer.mark()
-        victim.die()
-        time.sleep(6)
-    try:
-        report(f"death of the holder's host, ZooKeeper's {server}", observer.result)
-        print([(who, round(a - killed, 3), round(b - killed, 3)) for who, a, b in observer.result.holders])
-        print([(round(a - killed, 3), round(b - killed, 3)) for a, b in observer.result.outages])
-        print(*(host.journal() for host in converged.hosts if host is not victim), sep="\n")
-        assert observer.result.holders[0][0] == victim.name
-        assert observer.result.away <= 0.35
-    finally:
-        victim.revive()
-        converged.settled()
-
-
 def test_the_playbook_still_finds_everything_as_it_should_be(converged: Site) -> None:
-    assert not any(converged.play().changed.values())
+    said = converged.play()
+    assert said.changed == {"node1": 0, "node2": 0, "node3": 0}, said.text

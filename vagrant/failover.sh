@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes a virtual IP on the machines of "vagrant up", cuts its holder's power, shows what the client sees, ends the cut.
+# Makes a virtual IP on the machines of "vagrant up", cuts its holder's power, shows the gap, brings the holder back.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
@@ -18,7 +18,7 @@ fail() {
 # on MACHINE COMMAND: run it there, as root. One connection by ssh, because vagrant itself takes seconds for each.
 on() {
     [[ -s $WORK/$1 ]] || vagrant ssh-config "$1" >"$WORK/$1"
-    ssh -n -q -F "$WORK/$1" "$1" sudo "$2"
+    ssh -n -q -o ConnectTimeout=10 -F "$WORK/$1" "$1" sudo "$2"
 }
 
 nodes() { vagrant status --machine-readable | awk -F, '$3 == "state" && $2 ~ /^node/ {print $2}' | sort -V; }
@@ -51,7 +51,7 @@ holder() {
         done
         sleep 1
     done
-    fail "nobody has $VIP after a minute"
+    fail "nobody has $VIP"
 }
 
 stop_asking() {
@@ -92,4 +92,5 @@ for _ in {1..60}; do
     [[ $status != STANDBY && $status != ACTIVATED ]] || break
     sleep 2
 done
-say "$first is ${status:-away}; $(holder) holds $VIP"
+[[ -n $status ]] || fail "the agent of $first does not answer: vagrant ssh $first, then journalctl -u link"
+say "$first is $status; $(holder) holds $VIP"

@@ -13,7 +13,7 @@ Usage: sudo ./start.sh [--zookeeper]          three hosts on this machine to pla
        sudo ./start.sh interfaces [remove]    make (remove) eth10, eth11 and eth12 on this machine
        sudo ./start.sh test [PYTEST OPTIONS]  run the whole test suite
        sudo ./start.sh bench [OPTIONS]        measure
-       sudo ./start.sh LINK.PY OPTIONS        run link.py itself, for example: --config link.yml
+       sudo ./start.sh LINK.PY OPTIONS        run link.py itself, for example: --config link.yml, --version, --check
 
 What is missing is installed first: Debian packages (with apt-get), and Python packages into .venv beside this script.
 END
@@ -71,7 +71,7 @@ interfaces() {
     remove) for name in "${INTERFACES[@]}"; do remove_interface "$name"; done ;;
     *) fail "interfaces $1: only \"remove\" is known" ;;
     esac
-    [[ ${1:-make} == remove ]] || say "remove them with: ./start.sh interfaces remove"
+    [[ ${1:-make} == remove ]] || say "remove them with: sudo ./start.sh interfaces remove"
 }
 
 # make_interface NAME: a dummy, or where the kernel has none a veth pair with the other end NAMEp.
@@ -102,6 +102,7 @@ main() {
     local command=${1:-demo}
     [[ $command != --help && $command != -h ]] || { usage && exit; }
     ((EUID == 0)) || fail "must run as root (network namespaces, addresses): sudo ./start.sh $*"
+    [[ $command != --zookeeper || ${2:---} == --* ]] || command=link.py # an ensemble's address: its option, not ours
     case $command in
     demo | --zookeeper | --exit-after)
         [[ ${1:-} != demo ]] || shift

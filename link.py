@@ -640,7 +640,7 @@ def _at_most_one(state: State, f: Facts) -> Decision:
 
 def _at_least_one(state: State, f: Facts) -> tuple[Event | None, bool, str]:
     named = f.lock is Lock.OTHER or (f.lock is Lock.MINE and f.intent is not Intent.RUN)  # our node goes
-    seen = f.wire is Wire.ANSWERED or (f.overdue and f.wire is not Wire.SILENT and f.lock is Lock.OTHER)
+    seen = f.wire is Wire.ANSWERED or (f.overdue and f.wire is Wire.BLIND and f.lock is Lock.OTHER)
     relieved = named and seen
     if f.intent is Intent.DELETE:
         named = f.successor and f.lock in (Lock.MINE, Lock.OTHER)
@@ -2087,7 +2087,8 @@ class Agent:
             foreign = managed.term and first and first[0].host not in {*self._peers, UNKNOWN_HOST}
             if foreign:  # the lock is another program's: nobody will answer
                 return Wire.BLIND
-            silence = (Wire.SILENT if self._hears() else Wire.BLIND) if asked_enough else Wire.LOOKING
+            hears = self._hears() or self.clock.now() - self._heard_at <= RIVAL_FRESH
+            silence = (Wire.SILENT if hears else Wire.BLIND) if asked_enough else Wire.LOOKING
             return Wire.ANSWERED if self._heard_now(managed) else silence
         if asked_enough and self._last_resort(managed) and self._not_deaf(managed):
             return Wire.SILENT

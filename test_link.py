@@ -197,9 +197,9 @@ def settled(at_most_one: bool = False) -> Iterator[Cell]:
 
 
 def relieved(f: Facts) -> bool:
-    """Another host is heard, and has the lock or is given it; or has it past the limit and is not proven silent."""
+    """Another host is heard, and has the lock or is given it; or has it past the limit and the wire cannot tell."""
     goes = f.lock is Lock.MINE and f.intent is not Intent.RUN
-    late = f.lock is Lock.OTHER and f.overdue and f.wire is not Wire.SILENT
+    late = f.lock is Lock.OTHER and f.overdue and f.wire is Wire.BLIND
     return late or ((f.lock is Lock.OTHER or goes) and f.wire is Wire.ANSWERED)
 
 
@@ -1045,6 +1045,29 @@ def test_without_zookeeper_an_address_is_taken_only_if_nobody_answers_for_it(tmp
         one.run(0.05)
     assert one.network.did("ask")
     assert one.network.did("add", "announce")[:2] == ([] if answers else [f"add {VIP}", "announce 10.0.0.10"])
+
+
+@table("deaf", [True, False])
+def test_an_address_that_nobody_answers_for_is_let_go_at_the_limit_only_by_a_deaf_host(tmp_path, deaf):
+    one = ByHand(tmp_path, FakeNetwork(arp=True), **ONE, zookeeper="z:2181", witnesses=["10.0.0.9"])
+    coordinator = one.agent.coordinator
+
+    def run(seconds: float) -> None:
+        for _ in range(int(seconds / 0.05)):
+            one.network.incoming += [] if deaf else [link.Heard("10.0.0.7", OTHER_MAC, True, True)]
+            coordinator.ping()
+            one.run(0.05)
+
+    run(1)
+    assert one.ip()["bound"]
+    coordinator.enter("10.0.0.10", "node2")
+    run(0.5)
+    one.agent.stop()
+    run(3)
+    assert one.ip()["bound"] is not deaf
+    one.network.incoming.append(link.Heard("10.0.0.10", OTHER_MAC, False, True))
+    run(0.5)
+    assert not one.ip()["bound"]
 
 
 FALL_RISE = [(1, 1, "+-+-", "AFAF"), (3, 1, "--+--+---+", "FFAAAAAAFA"), (2, 3, "+++-+--++-+++", "FFAAAAFFFFFFA")]

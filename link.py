@@ -1106,6 +1106,9 @@ class Coordinator:
             return timeouts
 
         connection._connect = negotiated
+        # A server that accepts and says nothing, as one that starts may: kazoo would wait for a whole session.
+        invoke, limit = connection._invoke, _patience(self._config)
+        connection._invoke = lambda timeout, *args, **more: invoke(min(timeout, limit), *args, **more)
         self._client.add_listener(lambda state: self._post(self._on_state, str(state), self._client.client_id))
         self._client.start_async()
 
@@ -1407,6 +1410,11 @@ _ORDINARY = ("NoNodeError", "NodeExistsError", "NotEmptyError")  # somebody else
 _NO_ANSWER = ("ConnectionLoss", "SessionExpiredError", "ConnectionClosedError", "AuthFailedError")
 
 
+def _patience(config: Config) -> float:
+    """Seconds for one server to take a connection, or to answer its first words, before the next one is tried."""
+    return max(0.5, config.session_timeout / 4)
+
+
 def _kazoo_client(config: Config, servers: str, session: tuple[int, bytes] | None) -> Any:
     """A client that tries the next server soon and never stops trying (kazoo's own limits: T per server, one hour)."""
     from kazoo.client import KazooClient
@@ -1420,7 +1428,7 @@ def _kazoo_client(config: Config, servers: str, session: tuple[int, bytes] | Non
         connection: Any = None  # the last one, for Coordinator.drop()
 
         def create_connection(self, *args: Any, **more: Any) -> Any:
-            more["timeout"] = min(more["timeout"], max(0.5, config.session_timeout / 4))
+            more["timeout"] = min(more["timeout"], _patience(config))
             self.connection = super().create_connection(*args, **more)
             return self.connection
 

@@ -588,6 +588,25 @@ def test_a_hung_zookeeper_changes_nothing(c: Cluster) -> None:
         c.settled(vip)
 
 
+def test_a_server_that_takes_connections_and_says_nothing_is_not_waited_for(c: Cluster) -> None:
+    c.restart(session_timeout=4)
+    vip, holder, _ = c.held()
+    address, port = c.zk.hosts.split(":")
+    c.zk.stop()
+    with socket_in(c.lab.zk, socket.AF_INET, socket.SOCK_STREAM) as silent:
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        silent.bind((address, int(port)))
+        silent.listen()
+        silent.settimeout(5)
+        kept = [silent.accept()[0] for _ in c.hosts]
+    c.zk.start()
+    c.zk.wait_ready()
+    c.all_serve(2)
+    for connection in kept:
+        connection.close()
+    assert c.bound(vip) == [holder] and not [host for host in c.hosts if "session has ended" in c.news(host)]
+
+
 def test_an_ensemble_that_lost_its_data_changes_nothing(c: Cluster) -> None:
     vip, holder, _ = c.held()
     with c.watch(vip, lost=0):

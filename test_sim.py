@@ -593,7 +593,7 @@ class SimKazoo:
     def __init__(self, host: Host, session: tuple[int, bytes] | None) -> None:
         self._host, self._server, self._rng = host, host.world.server, host.world.rng
         self.client_id, self.last_zxid = session, 0
-        self._connection = SimpleNamespace(_connect=lambda: (self._server.timeout * 2000 / 3, 0))
+        self._connection = SimpleNamespace(_connect=lambda: (self._server.timeout * 2000 / 3, 0), _invoke=None)
         shut = lambda how: self.line and host.later(0.0, self.disconnected, self.line)  # noqa: E731
         self.handler = SimpleNamespace(connection=SimpleNamespace(shutdown=shut))
         self._say: Callable[[str], None] = lambda state: None

@@ -839,7 +839,6 @@ class Network:
         self._index = 0
         self._ipr: Any = None
         self._packets: list[socket.socket] = []
-        self._tentative: set[Address] = set()
         self._saved: set[Address] = set()  # added by us on a kernel that does not keep IFA_PROTO
         self._hints = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
         self._hints.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
@@ -875,15 +874,12 @@ class Network:
     def _addresses(self, index: int) -> tuple[dict[Address, bool], dict[int, str]]:
         found: dict[Address, bool] = {}
         own: dict[int, str] = {}
-        self._tentative.clear()
         for msg in self._ipr.get_addr():
             if msg["index"] != index:
                 continue
             text = msg.get_attr("IFA_LOCAL") or msg.get_attr("IFA_ADDRESS")
             ip = ipaddress.ip_interface(f"{text}/{msg['prefixlen']}")
             found[ip] = msg.get_attr("IFA_PROTO") == IFA_PROTO_LINK or ip in self._saved
-            if msg.get_attr("IFA_FLAGS") & IFA_F_TENTATIVE:
-                self._tentative.add(ip)
             if (not found[ip] and ip.version == 4) or ip.is_link_local:
                 own.setdefault(ip.version, str(ip.ip))
         return found, own
@@ -907,8 +903,15 @@ class Network:
         self._saved.update(map(ipaddress.ip_interface, addresses))
 
     def ready(self, ip: Address) -> bool:
-        """Whether the kernel takes packets for it: IPv6 is tentative for some milliseconds, even without DAD."""
-        return ip not in self._tentative
+        """Whether the kernel takes packets for it: IPv6 is tentative for some milliseconds, even without DAD.
+
+        /proc/net/if_inet6 (address, index, prefix length, scope, flags, interface) is cheaper than a dump by netlink.
+        """
+        if ip.version == 4:
+            return True
+        with open("/proc/net/if_inet6", encoding="ascii") as file:
+            lines = [line.split() for line in file if line.startswith(ip.ip.packed.hex())]
+        return any(line[5] == self.interface and not int(line[4], 16) & IFA_F_TENTATIVE for line in lines)
 
     def add(self, ip: Address, lifetime: int = 0) -> None:
         """Bind, or refresh the lifetime in seconds (0: for ever). Raises OSError.
@@ -921,8 +924,6 @@ class Network:
             life["preferred"] = 0  # never a source address of this host's own traffic (RFC 6724, rule 3)
         self._netlink("replace", ip, flags=flags, proto=IFA_PROTO_LINK, **life)
         self._saved.add(ip)
-        if ip.version == 6:
-            self._tentative.add(ip)  # until the kernel says otherwise
 
     def remove(self, ip: Address) -> None:
         """Unbind; no error where it is not there. Raises OSError.
@@ -2346,7 +2347,8 @@ class Agent:
             managed.verify = managed.rivalled = False
             now = self.clock.now()
             managed.unwanted_since = min(managed.unwanted_since, now)
-            stays_until = managed.unwanted_since + LINGER
+            # IPv6: what was heard may be a kernel's answer, some milliseconds before its agent announces the address.
+            stays_until = managed.unwanted_since + LINGER * (3 if ip.version == 6 else 1)
             if managed.letting_go is not None and now < stays_until and not self.config.at_most_one:
                 self.at(stays_until, self._dirty.add, managed.vip.address)
                 return
@@ -2421,7 +2423,6 @@ class Agent:
         elif unsure and managed.hearing.fresh(now) and managed.hearing.misses < self.config.probe_count:
             pass  # a rival: the winner's words are _defend's
         elif not self.network.ready(managed.vip.ip):
-            self._refresh()
             self.at(self.clock.now() + 0.005, self._announce_next, managed, schedule, sent)
             return
         elif not managed.verify:

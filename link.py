@@ -2130,7 +2130,9 @@ class Agent:
         if lock is Lock.MINE or not self._bound(managed) or not hearing.fresh(now):
             return False
         # Two must not yield together: at once who came late, then the higher MAC, last the lower one.
-        higher, late = self._link.mac > hearing.mac, now - managed.bound_at < RIVAL_FRESH
+        # With ZooKeeper there, who was heard first thing after binding may have been letting go for us.
+        stays = lock is Lock.UNKNOWN or hearing.at - managed.bound_at >= 2 * LINGER
+        higher, late = self._link.mac > hearing.mac, stays and now - managed.bound_at < RIVAL_FRESH
         patience = RIVAL_STAYS + 0.25
         if higher:
             patience = RIVAL_STAYS if lock is Lock.WAITING else 0.0 if late else RIVAL_STAYS / 2

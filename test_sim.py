@@ -1229,6 +1229,22 @@ def test_while_all_checks_fail_the_vip_stays_and_when_its_host_dies_one_failing_
             assert not w.wrong, seed
 
 
+def test_a_host_that_fails_right_after_it_was_given_the_vip_keeps_what_nobody_else_has() -> None:
+    for seed in range(20):
+        with resting(seed, checks=True) as w:
+            first, (second, third) = w.holder(), w.others()
+            w.fault("sick", third, w.vips[0], True)
+            w.run(6)
+            w.fault("sick", first, w.vips[0], True)
+            w.run(6, until=lambda w=w, second=second: second in w.binders())
+            w.run(0.03 + 0.001 * seed)  # the first is letting go
+            w.fault("sick", second, w.vips[0], True)
+            (probe,) = second.managed().probes
+            probe.ok, probe.reason = False, "down"
+            w.run(10)
+            assert len(w.binders()) == 1 and w.worst_gap < 0.3, (seed, w.worst_gap)
+
+
 @pytest.mark.parametrize("zookeeper", [True, False])
 def test_a_stop_on_the_only_host_leaves_the_vip_bound(zookeeper: bool) -> None:
     with resting(6, hosts=1, zookeeper=zookeeper) as w:

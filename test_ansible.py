@@ -36,7 +36,6 @@ ROLES = [ANSIBLE / "roles" / name for name in ("link", "zookeeper")]
 VIP = "10.77.0.100"
 TOOLS = ("mmdebstrap", "systemd-nspawn", "ssh", "ssh-keygen", "nsenter")
 PACKAGES = "systemd-sysv,dbus,openssh-server,sudo,python3,python3-apt,iproute2,ca-certificates"
-UNREAD = [f"/usr/share/{name}" for name in ("doc", "fonts", "icons", "locale", "man")]
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 
 
@@ -209,8 +208,7 @@ class Container(lab.Host):
         files = {
             "etc/hostname": self.name,
             "etc/apt/apt.conf.d/proxy": f'Acquire::http::Proxy "{self.site.proxy.url}";',
-            # as in container images; and no power failure will find it
-            "etc/dpkg/dpkg.cfg.d/quick": "\n".join(["force-unsafe-io", *(f"path-exclude={path}/*" for path in UNREAD)]),
+            "etc/dpkg/dpkg.cfg.d/quick": "force-unsafe-io",  # no power failure will find them
             "etc/pip.conf": f"[global]\nproxy = {self.site.proxy.url}\ncert = /etc/ssl/certs/{bundle.name}",
             "root/.ssh/authorized_keys": self.site.key.with_suffix(".pub").read_text(),
             "etc/machine-id": "",

@@ -2706,6 +2706,8 @@ class Agent:
             raise Refused("already exists", detail=f"{old.vip.ip} is {old.vip.id}", id=old.vip.id)
         if not old and len(self.vips) >= self.config.max_ips:
             raise Refused("too many IPs", detail=f"this host has max_ips ({self.config.max_ips}) IPs")
+        if self._stale:  # the kernel has news: this very address may have been given to the host just now
+            self._sync()
         if owner := self._owner(vip):
             raise Invalid("invalid IP", detail=f"{vip.address} is an address that {owner} has for itself")
         vip = VirtualIP(vip.ip, vip.checks, vip.healthcheck_interval, f"vip-{uuid.uuid4()}")

@@ -1087,6 +1087,7 @@ class Coordinator:
         self._owners: dict[str | None, tuple[str, int]] = {}  # whose sessions they are, from the records
         self._dead: set[int] = set()  # sessions of this host's earlier processes
         self._pinging = self._ping_again = False
+        self.syncing_since: float | None = None  # the leader was asked, and has not answered yet
         self._said: set[str] = set()
         self.connected = False
         self.session: tuple[int, bytes] | None = None
@@ -1121,7 +1122,7 @@ class Coordinator:
             self._complain(f"ZooKeeper grants {timeout:.1f} s; at-most-one needs 2 s: raise maxSessionTimeout")
 
     def _on_state(self, state: str, client_id: tuple[int, bytes] | None) -> None:
-        self._pinging = False
+        self._pinging, self.syncing_since = False, None
         for queue_ in self._queues.values():
             queue_.joining = queue_.created = queue_.settling = False
         self.connected = state == "CONNECTED" and client_id is not None
@@ -1386,6 +1387,16 @@ class Coordinator:
         if self.connected and not self._pinging:
             self._pinging = True
             self._ask(then, "exists", f"{self._root}/hosts/{self._config.hostname}")
+
+    def sync(self) -> None:
+        """Ask the leader whether it is there: a read is answered by any server, also by one whose leader is gone."""
+        if self.connected and self.syncing_since is None:
+            self.syncing_since = self._clock()
+
+            def then(answer: Any) -> None:
+                self.syncing_since = None
+
+            self._ask(then, "sync", f"{self._root}/hosts")
 
     def drop(self) -> None:
         """Give up a connection that does not answer; kazoo itself would wait for two thirds of the session."""
@@ -1669,6 +1680,7 @@ class Prober:
         self.interval, self.count, self._send = config.probe_interval, config.probe_count, send
         self._streams: dict[tuple[Look, bytes], Stream] = {}
         self.witness_frames: list[bytes] = []
+        self.suspects = False  # a holder has missed a probe: ZooKeeper may be needed soon
         self.due = float("inf")
 
     def arrange(self, wanted: Iterable[tuple[Managed, Look, bytes]], now: float) -> None:
@@ -1737,6 +1749,7 @@ class Prober:
             return self._verdict(stream, now)
         if stream.misses:
             self._send(self.witness_frames)
+            self.suspects = self.suspects or stream.look is Look.FAST
         if stream.misses and stream.misses == self.count - 1:
             for managed in stream.members:
                 managed.hearing.pending = True
@@ -1981,6 +1994,9 @@ class Agent:
         self._settle()
         if self.prober.due <= now:
             self._dirty.update(managed.vip.address for managed in self.prober.run(now))
+            if self.prober.suspects and self.coordinator:
+                self.coordinator.sync()
+            self.prober.suspects = False
             self._settle()
         return self._stopped(now)
 
@@ -2246,25 +2262,18 @@ class Agent:
         return self._peers[host].mac if host in self._peers else ""
 
     def _contend(self, managed: Managed, contend: bool) -> None:
-        c = self.coordinator
-        if c is None or not c.connected:
+        """Join the queue, or leave it. An empty one belongs to who has the IP: who hears that host lets it go first."""
+        c, now = self.coordinator, self.clock.now()
+        contenders = c.queue(managed.vip.address) if c and c.connected else None
+        yields = contenders == () and not self._bound(managed) and self._wire(managed) is Wire.ANSWERED
+        managed.empty_since = (managed.empty_since or now) if yields else None
+        if c is None or contenders is None:
             return
-        contenders = c.queue(managed.vip.address)
-        if not contend:
-            if contenders and any(self._mine(contender) for contender in contenders):
+        if any(self._mine(contender) for contender in contenders):
+            if not contend:
                 c.leave(managed.vip.address)
-        elif contenders is not None and not any(self._mine(contender) for contender in contenders):
-            self._join(managed, contenders)
-
-    def _join(self, managed: Managed, contenders: Sequence[Contender]) -> None:
-        """An empty queue belongs to who has the IP: whoever hears that host lets it join first."""
-        now = self.clock.now()
-        if contenders or self._bound(managed) or self._wire(managed) is not Wire.ANSWERED:
-            managed.empty_since = None
-        else:
-            managed.empty_since = managed.empty_since or now
-        if self.coordinator and (managed.empty_since is None or now - managed.empty_since >= JOIN_LATER):
-            self.coordinator.join(managed.vip.address)
+        elif contend and (managed.empty_since is None or now - managed.empty_since >= JOIN_LATER):
+            c.join(managed.vip.address)
 
     def _accuse(self, managed: Managed) -> None:
         holder, mine = self._contenders(managed)[:2]
@@ -2272,10 +2281,11 @@ class Agent:
         if self.clock.now() - managed.took_at > BACKOFF[1]:
             managed.backoff = BACKOFF[0]
         managed.took, managed.took_at = (holder.session, holder.node), self.clock.now()
-        managed.quiet_until = self.clock.now() + ANSWER  # until the answer is there
         if self.coordinator:
+            asked_at = self.coordinator.syncing_since or managed.took_at  # the leader was asked with the first miss
+            managed.quiet_until = max(managed.took_at + 0.01, asked_at + ANSWER)  # until the answer is there
             self.coordinator.take(managed.vip.address, mine, [holder])
-            self.at(managed.quiet_until, self._hurry, self.clock.now())
+            self.at(managed.quiet_until, self._hurry, asked_at)
 
     def _hurry(self, asked_at: float) -> None:
         """ZooKeeper's server may have died with the holder: without an answer, go to the next one, or on by `fault`."""

@@ -904,6 +904,7 @@ class FakeCoordinator:
         self.agent, self.connected, self.obeys, self.serial = agent, True, True, itertools.count()
         self.session: tuple[int, bytes] | None = (1, b"password")
         self.timeout, self.confirmed_at = 4.0, agent.clock.now()
+        self.syncing_since: float | None = None
         self.records = {host: link.Record(f"02:00:00:00:0a:0{host[-1]}", (), "") for host in ("node1", "node2")}
         self.queues: dict[str, list[link.Contender]] = {}
         for host in hosts:
@@ -943,6 +944,8 @@ class FakeCoordinator:
 
     def ping(self) -> None:
         self.confirmed_at = self.agent.clock.now()
+
+    def sync(self) -> None: ...
 
     def drop(self) -> None: ...
 

@@ -596,6 +596,7 @@ class Facts(NamedTuple):
     successor: bool = False  # another contender waits in the queue, or has the lock
     overdue: bool = False  # letting go for longer than handover_timeout
     accused: bool = False  # the holder answered in this term, fell silent, and we may say so
+    doubtful: bool = False  # healthy by health_check_fall, but the last result of a check was a failure
     on_fault: str = "probe"
     at_most_one: bool = False
 
@@ -689,7 +690,9 @@ def _standby(f: Facts, relieved: bool) -> tuple[Event | None, bool, str]:
     if f.intent is not Intent.RUN:
         return None, keep, f.intent.value
     if f.lock is Lock.MINE:
-        return Event.ELECTED, keep, "has the lock"
+        doubts = f.doubtful and f.wire in (Wire.ANSWERED, Wire.LOOKING) and not f.bound
+        why = "; but a check has just failed here, and another host may still have the IP" if doubts else ""
+        return None if doubts else Event.ELECTED, keep, f"has the lock{why}"
     if f.lock is Lock.WAITING and f.accused and f.wire is Wire.SILENT and not f.outranked:
         return Event.FAULT, keep, "ZooKeeper is out of reach and the holder fell silent"
     if f.lock is Lock.UNKNOWN and not f.outranked:
@@ -809,6 +812,9 @@ def read_frame(frame: bytes) -> Heard | None:
 IFF_UP, IFF_NOARP, IFF_LOWER_UP = 0x1, 0x80, 0x10000  # <linux/if.h>
 IFA_F_NODAD, IFA_F_TENTATIVE, IFA_F_NOPREFIXROUTE = 0x02, 0x40, 0x200  # <linux/if_addr.h>
 IFA_PROTO_LINK = 0x4C  # marks our addresses (IFA_PROTO, Linux 5.18): never touch one that LinK did not add
+IFA_ADDRESS, IFA_LOCAL, IFA_CACHEINFO, IFA_FLAGS, IFA_PROTO = 1, 2, 6, 8, 11  # the same
+RTM_NEWADDR, RTM_DELADDR = 20, 21  # <linux/rtnetlink.h>
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_REPLACE, NLM_F_CREATE = 0x1, 0x4, 0x100, 0x400  # <linux/netlink.h>
 RTMGRP = 0x1 | 0x10 | 0x100  # link, IPv4 and IPv6 address groups, <linux/rtnetlink.h>
 SO_ATTACH_FILTER, SO_RCVBUFFORCE = 26, 33  # <asm-generic/socket.h>
 # Classic BPF: IPv6, next header ICMPv6, type 135 or 136 (neighbour solicitation, advertisement).
@@ -831,7 +837,8 @@ class Link(NamedTuple):
 class Network:
     """Addresses, link state and frames of one interface, for the loop's thread only.
 
-    pyroute2 for addresses, AF_PACKET sockets for frames (packet(7), rtnetlink(7)). A simulated one has these methods.
+    pyroute2 and rtnetlink(7) for addresses, AF_PACKET sockets for frames (packet(7)).
+    A simulated one has the same methods.
     """
 
     def __init__(self, interface: str) -> None:
@@ -840,6 +847,7 @@ class Network:
         self._ipr: Any = None
         self._packets: list[socket.socket] = []
         self._saved: set[Address] = set()  # added by us on a kernel that does not keep IFA_PROTO
+        self._requests = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
         self._hints = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
         self._hints.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         self._hints.bind((0, RTMGRP))
@@ -918,11 +926,14 @@ class Network:
 
         RTM_NEWADDR with NLM_F_REPLACE: exact address and prefix, no prefix route, no duplicate address detection.
         """
-        flags = IFA_F_NOPREFIXROUTE | (IFA_F_NODAD if ip.version == 6 else 0)
-        life: dict[str, int] = {"valid": lifetime or 0xFFFFFFFF, "preferred": lifetime or 0xFFFFFFFF}
-        if ip.version == 6:
-            life["preferred"] = 0  # never a source address of this host's own traffic (RFC 6724, rule 3)
-        self._netlink("replace", ip, flags=flags, proto=IFA_PROTO_LINK, **life)
+        valid = lifetime or 0xFFFFFFFF
+        preferred = valid if ip.version == 4 else 0  # never a source of this host's own traffic (RFC 6724, rule 3)
+        more = (
+            (IFA_FLAGS, struct.pack("I", IFA_F_NOPREFIXROUTE | (IFA_F_NODAD if ip.version == 6 else 0))),
+            (IFA_PROTO, struct.pack("B", IFA_PROTO_LINK)),
+            (IFA_CACHEINFO, struct.pack("4I", preferred, valid, 0, 0)),
+        )
+        self._request(RTM_NEWADDR, NLM_F_REPLACE | NLM_F_CREATE, ip, self._index, *more)
         self._saved.add(ip)
 
     def remove(self, ip: Address) -> None:
@@ -932,7 +943,7 @@ class Network:
         """
         self._saved.discard(ip)
         try:
-            self._netlink("del", ip)
+            self._request(RTM_DELADDR, 0, ip, self._index)
         except OSError as error:
             if error.errno not in (errno.EADDRNOTAVAIL, errno.ENODEV, errno.ENOENT):
                 raise
@@ -941,16 +952,21 @@ class Network:
         """Remove these from another interface, if it is there; no error where they are not."""
         for ip in map(ipaddress.ip_interface, addresses):
             with contextlib.suppress(OSError):
-                self._netlink("del", ip, socket.if_nametoindex(interface))
+                self._request(RTM_DELADDR, 0, ip, socket.if_nametoindex(interface))
 
-    def _netlink(self, command: str, ip: Address, index: int = 0, **more: Any) -> None:
-        from pyroute2.netlink.exceptions import NetlinkError
+    def _request(self, kind: int, flags: int, ip: Address, index: int, *more: tuple[int, bytes]) -> None:
+        """One request for an address and its acknowledgement (rtnetlink(7)). Raises OSError.
 
-        try:
-            where = {"index": index or self._index, "address": str(ip.ip), "prefixlen": ip.network.prefixlen}
-            self._ipr.addr(command, **where, **more)
-        except NetlinkError as error:
-            raise OSError(error.code, os.strerror(error.code)) from None
+        Built here because pyroute2 takes 20 times as long, and a host may have to hand over hundreds of addresses.
+        """
+        family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
+        body = struct.pack("4BI", family, ip.network.prefixlen, 0, 0, index)
+        for name, value in ((IFA_LOCAL, ip.ip.packed), (IFA_ADDRESS, ip.ip.packed), *more):
+            body += struct.pack("HH", 4 + len(value), name) + value + bytes(-len(value) % 4)
+        self._requests.send(struct.pack("I2H2I", 16 + len(body), kind, flags | NLM_F_REQUEST | NLM_F_ACK, 0, 0) + body)
+        (error,) = struct.unpack_from("i", self._requests.recv(4096), 16)
+        if error:
+            raise OSError(-error, os.strerror(-error))
 
     def send(self, frames: Iterable[bytes]) -> None:
         """Through one persistent socket; a full queue, a downed or vanished interface is no error here."""
@@ -1088,6 +1104,7 @@ class Coordinator:
         self._dead: set[int] = set()  # sessions of this host's earlier processes
         self._pinging = self._ping_again = False
         self.syncing_since: float | None = None  # the leader was asked, and has not answered yet
+        self.stopping = False  # every node of ours goes: what a queue looks like is read again by retry() only
         self._said: set[str] = set()
         self.connected = False
         self.session: tuple[int, bytes] | None = None
@@ -1186,8 +1203,12 @@ class Coordinator:
         """Begin to follow the queue of an address: one child watch, set again with each listing."""
         queue_ = self._queues.get(address)
         if queue_ is None or queue_.leaving:
-            queue_ = self._queues.setdefault(address, _Queue(watch=lambda event: self._post(self._list, address)))
+            queue_ = self._queues.setdefault(address, _Queue(watch=lambda event: self._post(self._poke, address)))
             queue_.leaving = False
+            self._list(address)
+
+    def _poke(self, address: str) -> None:
+        if not self.stopping:
             self._list(address)
 
     def _list(self, address: str) -> None:
@@ -1368,7 +1389,7 @@ class Coordinator:
     def retry(self) -> None:
         """Ask again for the queues that ZooKeeper has not shown, also after a refusal; to be called now and then."""
         for address, queue_ in self._queues.items():
-            if queue_.shown is None and self._clock() - queue_.refused_at >= REFUSED:
+            if (queue_.shown is None or self.stopping) and self._clock() - queue_.refused_at >= REFUSED:
                 self._list(address)
 
     def ping(self) -> None:
@@ -2202,6 +2223,7 @@ class Agent:
             successor=any(not self._mine(c) for c in self._contenders(managed)),
             overdue=letting_go is not None and self.clock.now() - letting_go >= self.config.handover_timeout,
             accused=self._accused(managed),
+            doubtful=any(probe.fails for probe in managed.probes),
             on_fault=self.config.on_fault,
             at_most_one=self.config.at_most_one,
         )
@@ -2228,6 +2250,8 @@ class Agent:
         self._end_verify(managed)
         look = self._look(managed)
         if look != managed.look:
+            if managed.look[1] and not look[1]:  # one host did not answer; now all are asked
+                self.prober.restart(managed)
             managed.look, self._rearrange = look, True
 
     def _end_verify(self, managed: Managed) -> None:
@@ -2329,7 +2353,7 @@ class Agent:
     def _look_for_holder(self, managed: Managed, lock: Lock) -> tuple[Look, bytes]:
         hearing, contenders = managed.hearing, self._contenders(managed)
         first = len(contenders) > 1 and self._mine(contenders[1])
-        if lock is Lock.UNKNOWN or (lock is Lock.NOBODY and managed.state is State.FAILING):
+        if lock in (Lock.UNKNOWN, Lock.MINE) or (lock is Lock.NOBODY and managed.state is State.FAILING):
             if hearing.mac:
                 return Look.FAST, hearing.mac
             return (Look.ALL if hearing.misses < self.config.probe_count else Look.SLOW), b""
@@ -2823,6 +2847,8 @@ class Agent:
         managed = self.find(key)
         if managed.state is State.FAILING:
             raise Refused("failing", detail=f"this host cannot take {managed.vip.ip}: {self._healthy(managed)}")
+        if any(probe.fails for probe in managed.probes) and not self._bound(managed):
+            raise Refused("failing", detail="a check has just failed here; ask again when it passes")
         contenders = self._queue_now(managed)
         foreign = [c.host for c in contenders if c.host not in self._peers and not self._mine(c)]
         if foreign:
@@ -2905,6 +2931,8 @@ class Agent:
             notify("STOPPING=1")
             self.stopping = self.clock.now() + self.config.stop_timeout
             self.at(self.stopping, lambda: None)
+            if self.coordinator:
+                self.coordinator.stopping = True
             for managed in self.vips.values():
                 managed.intent = managed.intent if managed.intent is Intent.DELETE else Intent.STOP
             self._dirty.update(self.vips)

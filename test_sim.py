@@ -1243,6 +1243,41 @@ def test_while_all_checks_fail_the_vip_stays_and_when_its_host_dies_one_failing_
             assert not w.wrong, seed
 
 
+def test_a_check_that_fails_everywhere_at_the_same_time_moves_nothing() -> None:
+    for seed in range(30):
+        with resting(seed, checks=True) as w:
+            w.run(seed * 0.03)
+            holder, address = w.holder(), str(w.vips[0].ip)
+            for host in w.hosts:
+                host.sick.add(address)
+            w.run(15)
+            assert w.binders() == [holder] and not w.worst_two, seed
+            for host in w.hosts:
+                host.sick.clear()
+            w.run(8)
+            w.settled()
+            assert not w.wrong, seed
+
+
+def test_a_host_that_doubts_its_health_takes_the_vip_when_nobody_has_it_any_more_and_not_by_order() -> None:
+    for seed in range(10):
+        with resting(seed, checks=True, health_check_fall=5) as w:
+            first, (second, third), address = w.holder(), w.others(), str(w.vips[0].ip)
+            third.kill()
+            w.run(6)
+            for host in w.hosts:
+                host.sick.add(address)
+            w.run(2.5)  # failed twice
+            second.ask("take_lock", address)
+            w.run(0.1)
+            assert "ask again when it passes" in w.history[-1], seed
+            first.ask("failover", address)
+            w.run(0.5)
+            assert w.binders() == [first] and w.queue()[0][0] == second.name, seed
+            first.power_off()
+            assert w.run(5, until=lambda w=w, second=second: second in w.binders()) < 0.35, seed
+
+
 def test_a_host_that_fails_right_after_it_was_given_the_vip_keeps_what_nobody_else_has() -> None:
     for seed in range(20):
         with resting(seed, checks=True) as w:

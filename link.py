@@ -847,6 +847,7 @@ class Network:
         self._ipr: Any = None
         self._packets: list[socket.socket] = []
         self._saved: set[Address] = set()  # added by us on a kernel that does not keep IFA_PROTO
+        self._macs: set[str] = set()  # of all of this machine's interfaces: another one on the same LAN is no rival
         self._requests = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
         self._hints = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
         self._hints.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
@@ -865,8 +866,9 @@ class Network:
             index = socket.if_nametoindex(self.interface)
             if index != self._index:
                 self._open(index)
-            link = next((self._link(msg) for msg in self._ipr.get_links() if msg["index"] == index), Link())
-            return link, *self._addresses(index)
+            links = list(self._ipr.get_links())
+            self._macs = {str(msg.get_attr("IFLA_ADDRESS")) for msg in links}
+            return next((self._link(msg) for msg in links if msg["index"] == index), Link()), *self._addresses(index)
         except (OSError, NetlinkError) as error:  # it is not there, or went while we looked; its end is reported
             log.debug("%s: %s", self.interface, error)
             self._open(0)
@@ -983,7 +985,7 @@ class Network:
             with contextlib.suppress(OSError):
                 while True:
                     heard = read_frame(sock.recv(128))
-                    if heard:
+                    if heard and _mac_text(heard.mac) not in self._macs:
                         yield heard
 
     def changed(self) -> bool:
@@ -2630,7 +2632,8 @@ class Agent:
         self._sync_next = self.clock.now() + 9 * (self.clock.now() - self._synced_at)  # a tenth of the time at most
         for managed in self.vips.values():
             if old_kernel.get(managed.vip.ip) and not self._bound(managed) and self._link.number:
-                log.warning("vip=%s was removed by somebody else", managed.vip.ip)
+                by = "somebody else, or its lifetime has ended" if self.config.at_most_one else "somebody else"
+                log.warning("vip=%s was removed by %s", managed.vip.ip, by)
         if self._link != old_link or self._own != old_own:
             self._link_changed(old_link)
         if self._link != old_link or self._kernel != old_kernel:
@@ -3031,6 +3034,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Exception:
             log.exception("%s %s", self.command, self.path)
             status, body = 500, {"error": "internal error", "detail": "see the agent's log"}
+        if self.command not in ("GET", "HEAD"):  # why an IP moved may be that somebody asked for it
+            log.info("API: %s %a from %s: %d", self.command, self.path, self.client_address[0], status)
         self._reply(status, body)
 
     def _route(self) -> tuple[int, Any]:

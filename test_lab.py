@@ -32,6 +32,7 @@ from lab import (
     _reap,
     in_namespace,
     run,
+    set_sysctls,
     socket_in,
     wait_until,
 )
@@ -1293,6 +1294,25 @@ def test_without_zookeeper_ips_added_together_have_one_binder_each(w: Cluster) -
             w.settled(vip)
         time.sleep(1)
     assert all(len(w.bound(vip)) == 1 for vip in vips)
+
+
+def test_a_second_interface_of_the_holder_on_the_same_lan_is_no_rival(w: Cluster) -> None:
+    vip, holder, _ = w.held()
+    wire = f"link add second netns {holder.namespace} type veth peer name second-port netns {w.lab.switch}"
+    run("ip", *wire.split())
+    try:
+        set_sysctls(holder.namespace, {"ipv4.conf.all.arp_ignore": 0, "ipv4.conf.second.arp_ignore": 0})
+        with Ear(w.lab.client) as ear, w.watch(vip, quiet=True):
+            run("ip", "-n", w.lab.switch, "link", "set", "second-port", "master", "br0", "up")
+            holder.ip("link", "set", "second", "up")
+            mac = bytes.fromhex(holder.ip("-br", "link", "show", "second").split()[2].replace(":", ""))
+            run("ip", "-n", w.lab.client, "neigh", "flush", "dev", "eth0")
+            wait_until(lambda: any(frame[6:12] == mac for _, frame in ear.frames), 5, "the second one answers, too")
+            time.sleep(3)  # the holder looks at the wire, and hears that answer, every 0.4 s
+        assert w.show(holder, vip)["conflicts"]["count"] == 0
+    finally:
+        holder.ip("link", "del", "second")
+        set_sysctls(holder.namespace, {"ipv4.conf.all.arp_ignore": 1})
 
 
 @pytest.mark.parametrize("family", [4, 6])

@@ -693,7 +693,7 @@ def _standby(f: Facts, relieved: bool) -> tuple[Event | None, bool, str]:
         doubts = f.doubtful and f.wire in (Wire.ANSWERED, Wire.LOOKING) and not f.bound
         why = "; but a check has just failed here, and another host may still have the IP" if doubts else ""
         return None if doubts else Event.ELECTED, keep, f"has the lock{why}"
-    if f.lock is Lock.WAITING and f.accused and f.wire is Wire.SILENT and not f.outranked:
+    if f.lock is Lock.WAITING and f.accused and f.wire is Wire.SILENT and f.on_fault != "hold" and not f.outranked:
         return Event.FAULT, keep, "ZooKeeper is out of reach and the holder fell silent"
     if f.lock is Lock.UNKNOWN and not f.outranked:
         if f.on_fault == "claim" and f.wire is not Wire.LOOKING:
@@ -1106,7 +1106,6 @@ class Coordinator:
         self._dead: set[int] = set()  # sessions of this host's earlier processes
         self._pinging = self._ping_again = False
         self.syncing_since: float | None = None  # the leader was asked, and has not answered yet
-        self.stopping = False  # every node of ours goes: what a queue looks like is read again by retry() only
         self._said: set[str] = set()
         self.connected = False
         self.session: tuple[int, bytes] | None = None
@@ -1205,12 +1204,8 @@ class Coordinator:
         """Begin to follow the queue of an address: one child watch, set again with each listing."""
         queue_ = self._queues.get(address)
         if queue_ is None or queue_.leaving:
-            queue_ = self._queues.setdefault(address, _Queue(watch=lambda event: self._post(self._poke, address)))
+            queue_ = self._queues.setdefault(address, _Queue(watch=lambda event: self._post(self._list, address)))
             queue_.leaving = False
-            self._list(address)
-
-    def _poke(self, address: str) -> None:
-        if not self.stopping:
             self._list(address)
 
     def _list(self, address: str) -> None:
@@ -1391,7 +1386,7 @@ class Coordinator:
     def retry(self) -> None:
         """Ask again for the queues that ZooKeeper has not shown, also after a refusal; to be called now and then."""
         for address, queue_ in self._queues.items():
-            if (queue_.shown is None or self.stopping) and self._clock() - queue_.refused_at >= REFUSED:
+            if queue_.shown is None and self._clock() - queue_.refused_at >= REFUSED:
                 self._list(address)
 
     def ping(self) -> None:
@@ -1629,6 +1624,7 @@ class Probe:
     passes: int = 0
     running: bool = False
     asked_at: float | None = None  # a run that has not been counted yet
+    began_at: float = float("-inf")  # the last run
     reason: str = "not checked yet"
 
     def count(self, reason: str, fall: int, rise: int) -> None:
@@ -1825,6 +1821,8 @@ JOIN_LATER = 2.0  # a host that hears another one have the IP gives it so long t
 BACKOFF = (1.0, 60.0)  # doubled by each take-over that was contested, up to this many seconds without another
 ALONE = 10.0  # a host that hears nobody at all, nor ZooKeeper, takes an IP only after so many seconds
 ANSWER = 0.1  # seconds within which ZooKeeper must answer when a holder is to be replaced
+DOUBTS = 2.0  # seconds for which a host that has the lock and saw a check fail lets the IP be served where it is
+CHECK_AGAIN = 0.5  # seconds between its checks meanwhile
 LINGER = 0.05  # seconds an address stays after its new holder is heard: requests are still on their way to the old one
 
 
@@ -1849,6 +1847,7 @@ class Managed:
     rivalled: bool = False  # bound without a lock, and so is another host
     adopted: bool = False  # bound by an earlier process, which has announced it
     taking: bool = False  # POST lock
+    doubts_since: float | None = None  # has the lock, and a check has failed
     schedule: int = 0  # which announcement schedule is valid
     defended_at: float = float("-inf")
     conflicts: int = 0  # that no move explains
@@ -2138,7 +2137,8 @@ class Agent:
             hears = self._hears() or self.clock.now() - self._heard_at <= RIVAL_FRESH
             silence = (Wire.SILENT if hears else Wire.BLIND) if asked_enough else Wire.LOOKING
             return Wire.ANSWERED if self._heard_now(managed) else silence
-        if asked_enough and self._last_resort(managed) and self._not_deaf(managed):
+        all_asked = bool(hearing.mac) or not managed.look[1]  # not only a holder that has yet to bind it
+        if asked_enough and all_asked and self._last_resort(managed) and self._not_deaf(managed):
             return Wire.SILENT
         return Wire.ANSWERED if hearing.mac and not asked_enough else Wire.LOOKING
 
@@ -2211,6 +2211,10 @@ class Agent:
             return f"cannot bind: {managed.bind_error}"
         return next((probe.reason for probe in managed.probes if not probe.ok), "")
 
+    def _doubtful(self, managed: Managed) -> bool:
+        now = self.clock.now()
+        return any(probe.fails for probe in managed.probes) and now - (managed.doubts_since or now) < DOUBTS
+
     def facts(self, managed: Managed) -> Facts:
         """Everything that decide() is told."""
         lock = self._lock(managed)
@@ -2225,7 +2229,7 @@ class Agent:
             successor=any(not self._mine(c) for c in self._contenders(managed)),
             overdue=letting_go is not None and self.clock.now() - letting_go >= self.config.handover_timeout,
             accused=self._accused(managed),
-            doubtful=any(probe.fails for probe in managed.probes),
+            doubtful=self._doubtful(managed),
             on_fault=self.config.on_fault,
             at_most_one=self.config.at_most_one,
         )
@@ -2242,6 +2246,7 @@ class Agent:
         unhealthy = self._healthy(managed)
         managed.reason = f"{decision.reason} ({unhealthy})" if unhealthy else decision.reason
         self._contend(managed, decision.contend)
+        self._check_again(managed)
         if decision.accuse:
             self._accuse(managed)
         if managed.taking:
@@ -2291,7 +2296,7 @@ class Agent:
         """Join the queue, or leave it. An empty one belongs to who has the IP: who hears that host lets it go first."""
         c, now = self.coordinator, self.clock.now()
         contenders = c.queue(managed.vip.address) if c and c.connected else None
-        yields = contenders == () and not self._bound(managed) and self._wire(managed) is Wire.ANSWERED
+        yields = contend and contenders == () and not self._bound(managed) and self._wire(managed) is Wire.ANSWERED
         managed.empty_since = (managed.empty_since or now) if yields else None
         if c is None or contenders is None:
             return
@@ -2667,20 +2672,38 @@ class Agent:
         """One thread per run, at most one run per check: one that still hangs at its next turn has failed again."""
         if self.vips.get(managed.vip.address) is not managed or probe not in managed.probes:
             return
-        now, config = self.clock.now(), self.config
-        if probe.running:
+        now, interval = self.clock.now(), managed.vip.healthcheck_interval
+        if not probe.running:
+            self._start_check(managed, probe)
+        elif now - probe.began_at >= 0.8 * interval:  # not one that _check_again has just started
             probe.asked_at = now
             self._checked(managed, probe, now, "still no result")
-        else:
-            probe.running, probe.asked_at = True, now
+        self.at(now + interval * random.uniform(0.9, 1.1), self._run_check, managed, probe)
 
-            def work(started: float) -> None:
-                reason = self._check(probe.check, config.health_check_timeout)
-                self.post(self._ran, managed, probe, started, reason)
+    def _start_check(self, managed: Managed, probe: Probe) -> None:
+        now, timeout = self.clock.now(), self.config.health_check_timeout
+        probe.running, probe.asked_at, probe.began_at = True, now, now
 
-            threading.Thread(target=work, args=(now,), daemon=True, name=f"check {managed.vip.address}").start()
-            self.at(now + config.health_check_timeout + 0.5, self._checked, managed, probe, now, "no result in time")
-        self.at(now + managed.vip.healthcheck_interval * random.uniform(0.9, 1.1), self._run_check, managed, probe)
+        def work() -> None:
+            self.post(self._ran, managed, probe, now, self._check(probe.check, timeout))
+
+        threading.Thread(target=work, daemon=True, name=f"check {managed.vip.address}").start()
+        self.at(now + timeout + 0.5, self._checked, managed, probe, now, "no result in time")
+
+    def _check_again(self, managed: Managed) -> None:
+        """Who has the lock and doubts its health must know soon: the next turn of its checks may be an hour away."""
+        now = self.clock.now()
+        failed = [probe for probe in managed.probes if probe.fails]
+        if not failed or managed.state is not State.STANDBY or self._lock(managed) is not Lock.MINE:
+            managed.doubts_since = None
+            return
+        if managed.doubts_since is None:
+            managed.doubts_since = now
+            self.at(now + DOUBTS, self._dirty.add, managed.vip.address)
+        for probe in failed:
+            if not probe.running and now - probe.began_at >= CHECK_AGAIN:
+                self._start_check(managed, probe)
+                self.at(now + CHECK_AGAIN, self._dirty.add, managed.vip.address)
 
     def _ran(self, managed: Managed, probe: Probe, started: float, reason: str) -> None:
         probe.running = False
@@ -2934,8 +2957,6 @@ class Agent:
             notify("STOPPING=1")
             self.stopping = self.clock.now() + self.config.stop_timeout
             self.at(self.stopping, lambda: None)
-            if self.coordinator:
-                self.coordinator.stopping = True
             for managed in self.vips.values():
                 managed.intent = managed.intent if managed.intent is Intent.DELETE else Intent.STOP
             self._dirty.update(self.vips)
@@ -2948,7 +2969,7 @@ class Agent:
         left = (m for m in self.vips.values() if self._bound(m))
         connected = self.coordinator is not None and self.coordinator.connected
         patience = 0.0 if connected else self.config.stop_timeout - 1.0  # a lost connection may be back in a second
-        if now < self.stopping - patience and any(self._lock(m) is Lock.MINE or self._successor(m) for m in left):
+        if now < self.stopping - patience and any(self._may_be_relieved(m) for m in left):
             return False
         for managed in filter(self._bound, self.vips.values()):
             why = "no other host can take it" if self.coordinator else "without ZooKeeper no other host can be asked"
@@ -2958,6 +2979,10 @@ class Agent:
             self.coordinator.stop(max(0.1, min(2.0, self.stopping - now)))
         log.info("stopped")
         return True
+
+    def _may_be_relieved(self, managed: Managed) -> bool:
+        """Somebody can take it, or has it already: of hosts that stop at the same time one keeps it, not all."""
+        return self._lock(managed) is Lock.MINE or self._successor(managed) or managed.hearing.fresh(self.clock.now())
 
     def _successor(self, managed: Managed) -> bool:
         c = self.coordinator

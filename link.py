@@ -3347,6 +3347,8 @@ def serve(config: Config, argv: Sequence[str]) -> None:
     threading.Thread(target=server.serve_forever, daemon=True, name="http").start()
     log.info("LinK %s on %s: interface %s, API on %s", VERSION, config.hostname, config.interface, config.listen)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    if not agent.vips:  # else scapy was read for their frames: 0.3 s that the loop must not lose later
+        build_frames(ipaddress.IPv6Address("::"), bytes(6), {})
     gc.freeze()  # the libraries: to look through them all now and then would halt the loop for 50 ms
     notify("READY=1")
     agent.run()

@@ -2313,17 +2313,21 @@ class Agent:
             managed.backoff = BACKOFF[0]
         managed.took, managed.took_at = (holder.session, holder.node), self.clock.now()
         if self.coordinator:
-            asked_at = self.coordinator.syncing_since or managed.took_at  # the leader was asked with the first miss
-            managed.quiet_until = max(managed.took_at + 0.01, asked_at + ANSWER)  # until the answer is there
             self.coordinator.take(managed.vip.address, mine, [holder])
-            self.at(managed.quiet_until, self._hurry, asked_at)
+            self.coordinator.sync()  # unless it was asked with the first miss, and has not answered since
+            asked_at = self.coordinator.syncing_since or managed.took_at
+            managed.quiet_until = max(managed.took_at + 0.01, asked_at + ANSWER)
+            self.at(managed.quiet_until, self._hurry, managed, asked_at)
 
-    def _hurry(self, asked_at: float) -> None:
-        """ZooKeeper's server may have died with the holder: without an answer, go to the next one, or on by `fault`."""
+    def _hurry(self, managed: Managed, asked_at: float) -> None:
+        """ZooKeeper's server may have died with the holder: without an answer go on by `fault`, and try another one."""
         c = self.coordinator
-        if c is not None and c.connected and c.confirmed_at < asked_at:
-            log.warning("ZooKeeper's server does not answer: trying another one")
-            c.drop()
+        if c is not None and c.connected and c.syncing_since == asked_at:
+            self._dirty.add(managed.vip.address)
+            if self._trust_after < asked_at:  # else another VIP of that holder was first
+                self._trust_after = self.clock.now()
+                log.warning("ZooKeeper's server does not answer: trying another one")
+                c.drop()
 
     def _take_over(self, managed: Managed) -> None:
         """POST lock: once our node is in the queue, all nodes ahead of it go, in one transaction."""

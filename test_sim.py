@@ -414,6 +414,7 @@ class Line:
     host: Host
     session: int = 0
     closed: bool = False  # by the client: what it sent may still arrive
+    waits: bool = False  # for a commit
     last: list[float] = field(default_factory=lambda: [0.0, 0.0])
     held: list[tuple[bool, Callable[[], None]]] = field(default_factory=list)
 
@@ -446,6 +447,7 @@ class SimZooKeeper:
     def __init__(self, world: World, timeout: float, tick: float) -> None:
         self._world, self.timeout, self._tick = world, timeout, tick
         self.up, self.zxid = True, 0
+        self.stalled = False  # nothing is committed; what any server can answer is
         self.sessions: dict[int, float] = {}  # and when they end
         self.lines: dict[int, Line] = {}
         self.nodes: dict[str, tuple[bytes, int]] = {}  # path -> data and owner
@@ -645,7 +647,10 @@ class SimKazoo:
                 result.answer(answer)
 
         def at_server(line: Line) -> None:
-            if self._server.lines.get(line.session) is line:
+            line.waits = self._server.stalled and (line.waits or call in ("sync", "multi"))
+            if line.waits:  # ZooKeeper answers one client's requests in their order
+                self._host.world.after(0.02, at_server, line)
+            elif self._server.lines.get(line.session) is line:
                 self._server.touch(line.session)
                 answer = self._server.call(line, call, *args, watch=bool(watch), **more)
                 line.carry(False, lambda: at_client(answer))
@@ -698,7 +703,7 @@ class SimKazoo:
             self._say("SUSPENDED")
             for key in list(self._watches):
                 self.fire(key)
-            self._host.later(self._rng.uniform(0.1, 0.5), self._connect)
+            self._host.later(0.0 if self._server.stalled else self._rng.uniform(0.1, 0.5), self._connect)
 
     def _beat(self) -> None:
         """kazoo's own pings keep the session, and find a dead connection after two thirds of the timeout."""
@@ -1058,6 +1063,24 @@ def test_a_holder_that_takes_its_zookeeper_along_is_replaced_as_soon() -> None:
                 host.cut = True  # connected, but their server's leader was on the dead host: no answer
             dead.power_off()
             assert w.run(5, until=lambda w=w, dead=dead: any(h is not dead for h in w.binders())) < 0.22, seed
+
+
+def test_a_dead_holder_is_replaced_as_soon_while_zookeeper_commits_nothing() -> None:
+    for seed in range(50):
+        with resting(seed) as w:
+            dead = w.holder()
+            w.run(seed * 0.007)
+            w.server.stalled = True
+            for host in w.others():
+                host.starved = 0.02  # its loop learns in the same turn that the connection was lost and is there again
+            dead.power_off()
+            assert w.run(1, until=lambda w=w, dead=dead: any(h is not dead for h in w.binders())) < 0.28, seed
+            w.run(0.5)
+            w.server.stalled = False
+            w.heal()
+            w.run(8)
+            w.settled()
+            assert not w.wrong and not w.worst_two, (seed, w.wrong, w.worst_two)
 
 
 @pytest.mark.parametrize("hosts", [2, 3])

@@ -2,15 +2,14 @@
 """LinK (Link is not Keepalived): several servers share virtual IPs (VIPs).
 
 An agent runs on every server. For each VIP the agents elect, through a lock in ZooKeeper, one holder that binds the
-address and announces it by gratuitous ARP (IPv4) or unsolicited neighbour advertisements (IPv6). A second witness, the
-wire itself, is asked who really answers for the address: it finds a dead holder long before its session runs out,
-keeps the VIP where it is while ZooKeeper is away, and decides alone where no ZooKeeper is configured.
+address and announces it. A second witness, the wire itself, is asked who really answers for the address: it finds a
+dead holder long before its session runs out, and decides alone while ZooKeeper is away, or where there is none.
 
     kernel (netlink) --.
     wire (AF_PACKET) --+--> facts --> decide() --> event --> TRANSITIONS --> state
     ZooKeeper ---------+                     `--> wanted address, place in the queue
     health checks -----+                              |
-    HTTP API ----------'                              `--> Network (bind, announce), Coordinator (join, leave, take)
+    HTTP API ----------'                              `--> Network (bind, announce), Referee (join, leave, take)
 
 State machine (one per VIP; rows are states, columns are events):
 
@@ -19,9 +18,8 @@ State machine (one per VIP; rows are states, columns are events):
     ACTIVATED  ACTIVATED  ACTIVATED  STANDBY  FAILING            ACTIVATED
     FAILING    FAILING    FAILING    FAILING  FAILING            STANDBY
 
-Threads: the main thread runs the Agent's loop and owns every decision, all netlink and all sending. HTTP handlers,
-kazoo's threads, health checks and the program check before an upgrade only post to its queue; they are daemon threads
-and end with the process. A dead loop ends the process; the supervisor restarts it and it adopts what it finds.
+The main thread owns every decision, all netlink and all sending; the other threads only post to its queue. They end
+with the process. A hung loop ends the process; the supervisor restarts it, and it adopts what it finds.
 
 Not promised: a virtual IP cannot be fenced by ARP. A host whose agent is hung keeps answering until its session has
 ended and another host has taken the address over; two sides of a split network both serve, each for itself.
@@ -36,16 +34,18 @@ import base64
 import contextlib
 import ctypes
 import errno
+import faulthandler
 import fcntl
 import functools
 import gc
-import heapq
 import hmac
-import http.client
 import http.server
+import inspect
 import ipaddress
 import json
 import logging
+import logging.handlers
+import math
 import os
 import queue
 import random
@@ -53,19 +53,23 @@ import re
 import select
 import signal
 import socket
+import socketserver
 import ssl
 import struct
 import sys
 import threading
 import time
+import urllib.parse
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass, field, fields, replace
-from datetime import UTC, datetime
-from enum import Enum, StrEnum
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime, timedelta
+from enum import Enum, IntEnum, StrEnum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 VERSION = "0.1.0"
@@ -74,53 +78,34 @@ log = logging.getLogger("link")
 Address = ipaddress.IPv4Interface | ipaddress.IPv6Interface
 PlainAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
+
 ################################################################################
 # Errors
 ################################################################################
 
 
 class LinkError(Exception):
-    """An error to show to the caller: HTTP status and JSON body."""
+    """An error to show to the caller: HTTP status and JSON body. But for a 500 or 504 nothing was changed.
 
-    status = 500
+    400 the request is wrong (Invalid); 404 no such IP or path; 409 right, but it cannot be done in this state; 503 the
+    agent cannot now (its loop is late, its state directory cannot be written); 504 begun, not seen to end in time.
+    """
 
-    def __init__(self, message: str, **more: Any) -> None:
+    def __init__(self, status: int, message: str, detail: str = "", **more: Any) -> None:
         super().__init__(message)
-        self.body: dict[str, Any] = {"error": message, **more}
-
-
-class ConfigError(LinkError):
-    """The configuration is wrong; the message names the key and the remedy."""
+        self.status, self.body = status, {"error": message, **({"detail": detail} if detail else {}), **more}
 
 
 class Invalid(LinkError):
-    """400: the request is wrong; nothing was changed."""
+    """What was sent, or stands in a file, is wrong."""
 
-    status = 400
-
-
-class NotFound(LinkError):
-    """404: no such IP or path."""
-
-    status = 404
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(400, f"invalid {what}", why)
+        self.args = (why,)
 
 
-class Refused(LinkError):
-    """409: the request is right but cannot be done in this state; nothing was changed."""
-
-    status = 409
-
-
-class Unavailable(LinkError):
-    """503: the agent cannot do it now (its loop is late, its state directory cannot be written)."""
-
-    status = 503
-
-
-class Unfinished(LinkError):
-    """504: the move was begun but not seen to end in time; the body carries the IP as it is now."""
-
-    status = 504
+class ConfigError(Exception):
+    """The configuration is wrong; the message names the key and the remedy."""
 
 
 ################################################################################
@@ -128,18 +113,19 @@ class Unfinished(LinkError):
 ################################################################################
 
 
-def _take(raw: Any, known: Iterable[str], what: str) -> dict[str, Any]:
+def take(raw: Any, known: Iterable[str], what: str) -> dict[str, Any]:
     """A copy of the mapping `raw`; Invalid where it is none or has a key that is not known."""
     if not isinstance(raw, dict):
-        raise Invalid(f"invalid {what}", detail=f"{what} must be an object such as {{{next(iter(known))}: ...}}")
+        raise Invalid(what, f"{what} must be an object such as {{{next(iter(known))}: ...}}")
     if unknown := set(raw) - set(known):
-        raise Invalid(f"invalid {what}", detail=f"unknown field {sorted(map(str, unknown))[0]!r}")
+        raise Invalid(what, f"unknown field {sorted(map(str, unknown))[0]!r}")
     return dict(raw)
 
 
-def _whole(value: Any, low: int, high: int, what: str) -> int:
+def whole(value: Any, low: int, high: int, what: str) -> int:
+    """The number, if it is one in this range. Raises Invalid."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise Invalid(f"invalid {what}", detail=f"{what} must be a whole number from {low} to {high}")
+        raise Invalid(what, f"{what} must be a whole number from {low} to {high}")
     return value
 
 
@@ -152,58 +138,54 @@ class HealthCheck:
     port: int
     path: str = "/"
 
+    def __str__(self) -> str:
+        return f"{self.type} {self.host}:{self.port}"
+
     @classmethod
     def parse(cls, raw: Any) -> HealthCheck:
         """Raises Invalid."""
-        got = _take(raw, ("type", "host", "port", "path"), "health check")
+        got = take(raw, ("type", "host", "port", "path"), "health check")
         kind, host, path = str(got.get("type", "")).upper(), got.get("host"), got.get("path")
         path = "/" if path in (None, "") else path
         if kind not in ("TCP", "HTTP"):
-            raise Invalid("invalid health check", detail="type must be TCP or HTTP")
+            raise Invalid("health check", "type must be TCP or HTTP")
         if not isinstance(host, str) or not re.fullmatch(r"[0-9A-Za-z._:-]{1,253}", host):
-            raise Invalid("invalid health check", detail="host must be a host name or an address")
+            raise Invalid("health check", "host must be a host name or an address")
         if not isinstance(path, str) or not re.fullmatch(r"/[!-~]*", path):
-            raise Invalid("invalid health check", detail="path must begin with / and have no spaces")
-        return cls(kind, host, _whole(got.get("port"), 1, 65535, "port"), path)
-
-    def to_json(self) -> dict[str, Any]:
-        """The check as the API shows it."""
-        return {"type": self.type, "host": self.host, "port": self.port, "path": self.path}
+            raise Invalid("health check", "path must begin with / and have no spaces")
+        return cls(kind, host, whole(got.get("port"), 1, 65535, "port"), path)
 
 
 def parse_checks(raw: Any) -> tuple[HealthCheck, ...]:
-    """A list of checks; nothing at all means none. Raises Invalid."""
+    """A list of checks, or nothing at all. Raises Invalid."""
     if not isinstance(raw, list | None):
-        raise Invalid("invalid health check", detail="checks must be a list")
+        raise Invalid("health check", "checks must be a list")
     return tuple(HealthCheck.parse(item) for item in raw or [])
 
 
 def parse_address(text: Any) -> Address:
     """An address a host can share; without a prefix length /32 or /128. Raises Invalid with the reason."""
     if not isinstance(text, str):
-        raise Invalid("invalid IP", detail='ip is missing or no text; send {"ip": "10.0.0.10/32"}')
+        raise Invalid("IP", 'ip is missing or no text; send {"ip": "10.0.0.10/32"}')
     try:
         ip = ipaddress.ip_interface(text)
     except ValueError as error:
-        raise Invalid("invalid IP", detail=str(error).replace("interface", "address")) from None
+        raise Invalid("IP", str(error).replace("interface", "address")) from None
     host, net = ip.ip, ip.network
-    inside = net.prefixlen < ip.max_prefixlen - 1
-    kinds = (
-        ("%" in str(text), "has a scope"),
-        (isinstance(host, ipaddress.IPv6Address) and host.ipv4_mapped is not None, "is an IPv4 address in disguise"),
-        (host.is_unspecified, "is the unspecified address"),
-        (net.prefixlen == 0, "has the prefix length 0"),
-        (host.is_loopback, "is a loopback address"),
-        (host.is_multicast, "is a multicast address"),
-        (host.is_link_local, "is a link-local address"),
-        (str(host) == "255.255.255.255", "is the broadcast address"),
-        (host.version == 4 and (host.packed[0] == 0 or host.packed[0] >= 240), "is not a host's address"),
-        (inside and host == net.network_address, "is a network address"),
-        (inside and host.version == 4 and host == net.broadcast_address, "is a broadcast address"),
-    )
-    for wrong, why in kinds:
-        if wrong:
-            raise Invalid("invalid IP", detail=f"{text} {why}")
+    inside, four = net.prefixlen < ip.max_prefixlen - 1, host.version == 4
+    kinds = {
+        "has a scope": "%" in text,
+        "is an IPv4 address in disguise": getattr(host, "ipv4_mapped", None) is not None,
+        "has the prefix length 0": net.prefixlen == 0,
+        **{f"is a {kind} address": getattr(host, f"is_{kind}") for kind in ("unspecified", "loopback", "multicast")},
+        "is a link-local address": host.is_link_local,
+        "is the broadcast address": str(host) == "255.255.255.255",
+        "is not a host's address": four and (host.packed[0] == 0 or host.packed[0] >= 240),
+        "is a network address": inside and host == net.network_address,
+        "is a broadcast address": inside and four and host == net.broadcast_address,
+    }
+    for why in (why for why, wrong in kinds.items() if wrong):
+        raise Invalid("IP", f"{text} {why}")
     return ip
 
 
@@ -219,290 +201,28 @@ class VirtualIP:
     @classmethod
     def parse(cls, raw: Any, interval: int) -> VirtualIP:
         """From a request's body, a configuration entry or the state file; `interval` is the default. Raises Invalid."""
-        got = _take(raw, ("ip", "id", "checks", "healthcheck_interval"), "IP")
+        got = take(raw, ("ip", "id", "checks", "healthcheck_interval"), "IP")
         every = got.get("healthcheck_interval")
-        every = interval if every is None or (every == 0 and every is not False) else every  # Go leaves out, or says 0
-        every = _whole(every, 1, 3600, "healthcheck_interval")
+        every = interval if every in (None, 0) and every is not False else every  # Go leaves out, or says 0
+        every = whole(every, 1, 3600, "healthcheck_interval")
         if not isinstance(name := got.get("id") or "", str):
-            raise Invalid("invalid IP", detail="id must be text")
+            raise Invalid("IP", "id must be text")
         return cls(parse_address(got.get("ip")), parse_checks(got.get("checks")), every, name)
 
     @functools.cached_property
     def address(self) -> str:
-        """The bare address: the name of the lock in ZooKeeper."""
+        """The bare address, which makes two IPs the same one; the name of the lock in ZooKeeper."""
         return str(self.ip.ip)
+
+    @functools.cached_property
+    def bound(self) -> Address:
+        """What the kernel gets: /32 or /128. With more an interface may lose its own address along with this one."""
+        return ipaddress.ip_interface(self.ip.ip)
 
     def to_json(self) -> dict[str, Any]:
         """The IP as it is stored and shown."""
-        checks = [check.to_json() for check in self.checks]
-        return {
-            "id": self.id,
-            "ip": str(self.ip),
-            "checks": checks,
-            "healthcheck_interval": self.healthcheck_interval,
-        }
-
-
-################################################################################
-# Configuration: one table feeds the file, the environment, the flags, --help and the README
-################################################################################
-
-
-def option(
-    default: Any, text: str, *, low: float = 0, high: float = 1e6, choices: Sequence[str] = (), flag: bool = True
-) -> Any:
-    """A row of the table: default, help, the range of a number, the words allowed, whether a flag exists."""
-    meta = {"help": text, "low": low, "high": high, "choices": choices, "flag": flag}
-    return field(default_factory=lambda: default, metadata=meta)
-
-
-@dataclass(frozen=True)
-class Config:
-    """The configuration of one agent; times in seconds."""
-
-    hostname: str = option("", "name of this host among the contenders; default: the machine's")
-    interface: str = option("", "network interface that carries the virtual IPs; required")
-    zookeeper: str = option("", 'ensemble, "h1:2181,h2:2181,h3:2181/optional-chroot"; empty: the wire alone decides')
-    zookeeper_root: str = option("/link", "node below which LinK keeps its locks")
-    zookeeper_auth: str = option("", '"user:password" (digest); nodes are then LinK\'s alone', flag=False)
-    zookeeper_tls_ca: str = option("", "PEM file of the authority that signed ZooKeeper's certificate: turns TLS on")
-    zookeeper_tls_cert: str = option("", "PEM file of this host's certificate for ZooKeeper")
-    zookeeper_tls_key: str = option("", "PEM file of that certificate's key")
-    session_timeout: float = option(4.0, "seconds asked of ZooKeeper; what it grants is what counts", low=1)
-    listen: str = option("127.0.0.1:1313", "address and port of the HTTP API")
-    user: str = option("", "HTTP basic authentication; required unless listen is loopback")
-    password: str = option("", "HTTP basic authentication; required unless listen is loopback", flag=False)
-    tls_cert: str = option("", "PEM file: serve the API over HTTPS")
-    tls_key: str = option("", "PEM file of that certificate's key")
-    state_dir: str = option("/var/lib/link", "where IPs added through the API and the session are kept")
-    health_check_interval: int = option(5, "seconds between checks where an IP does not say", low=1, high=3600)
-    health_check_timeout: float = option(5.0, "seconds after which a check has failed", low=0.1)
-    health_check_fall: int = option(3, "failures in a row that make an IP FAILING", low=1)
-    health_check_rise: int = option(1, "successes in a row that end FAILING", low=1)
-    probe_interval: float = option(0.05, "seconds between two probes of a holder", low=0.005)
-    probe_count: int = option(3, "unanswered probes that make a holder silent; 0: never ask the wire")
-    witnesses: list[Any] = option([], "addresses on the interface that prove this host can hear", flag=False)
-    on_fault: str = option(
-        "probe",
-        "ZooKeeper lost: probe (take what is silent), claim (take at once), hold (take nothing)",
-        choices=("probe", "claim", "hold"),
-    )
-    promise: str = option(
-        "at-least-one",
-        "at-least-one, or at-most-one for services that must not run twice",
-        choices=("at-least-one", "at-most-one"),
-    )
-    handover_timeout: float = option(1.0, "longest wait to hear a new holder before letting go", low=0.1)
-    stop_timeout: float = option(10.0, "longest time a stop may take", low=1)
-    announce_count: int = option(6, "announcements after a bind: at 0, 0.1, 1, 2, 5 and 10 s", low=1)
-    announce_interval: float = option(60.0, "seconds between later announcements; 0: none")
-    max_ips: int = option(1000, "most IPs this host accepts", low=1)
-    ips: list[Any] = option([], "IPs that this host always has: ip, checks, healthcheck_interval", flag=False)
-    log_level: str = option("INFO", "DEBUG, INFO, WARNING or ERROR", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
-    log_format: str = option("text", "text or json", choices=("text", "json"))
-
-    @property
-    def virtual_ips(self) -> list[VirtualIP]:
-        """`ips`, parsed. The id of a configured IP depends on its address alone, so it survives restarts."""
-        parsed = [VirtualIP.parse(raw, self.health_check_interval) for raw in self.ips]
-        ids = (f"vip-{uuid.uuid5(uuid.NAMESPACE_URL, 'link:' + vip.address)}" for vip in parsed)
-        return [replace(vip, id=vip.id or new) for vip, new in zip(parsed, ids, strict=True)]
-
-    @property
-    def at_most_one(self) -> bool:
-        """Whether this host must rather let go than share."""
-        return self.promise == "at-most-one"
-
-    @property
-    def listen_address(self) -> tuple[str, int]:
-        """`listen` as host and port."""
-        host, _, port = self.listen.rpartition(":")
-        return host.strip("[]"), int(port)
-
-
-OPTIONS = fields(Config)
-
-
-def default_of(opt: Any) -> Any:
-    """The default of a row of the table."""
-    return opt.default_factory()
-
-
-def _typed(option: Any, value: Any) -> Any:
-    """`value` (text from the environment or a flag, or YAML) as the option's type. Raises ConfigError."""
-    kind = type(default_of(option))
-    if isinstance(value, str) and kind is list:
-        value = _yaml(value, f"{option.name}")
-    try:
-        if kind is list and isinstance(value, list):
-            return value
-        if kind is str and isinstance(value, str | int | float) and not isinstance(value, bool):
-            return str(value)
-        if kind in (int, float) and isinstance(value, str | int | float) and not isinstance(value, bool):
-            number = float(value)
-            if kind is float or number == int(number):
-                return kind(number)
-    except (ValueError, OverflowError):
-        pass
-    words = {str: "text", int: "a whole number", float: "a number", list: "a list"}
-    raise ConfigError(f"{option.name}: {value!r} is not {words[kind]}")
-
-
-def _yaml(text: str, where: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def read_config(path: str) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises ConfigError, also for a key that does not exist."""
-    try:
-        got = _yaml(Path(path).read_text(encoding="utf-8"), path) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(got, dict):
-        raise ConfigError(f"{path}: must be a mapping of keys to values")
-    for key in got:
-        if key not in {option.name for option in OPTIONS}:
-            raise ConfigError(f"{path}: unknown key {key!r}; see link.py --help for the keys")
-    return got
-
-
-def make_config(file: Mapping[str, Any], environ: Mapping[str, str], flags: Mapping[str, Any]) -> Config:
-    """Defaults < file < LINK_* environment < flags, validated. Raises ConfigError."""
-    values: dict[str, Any] = {}
-    for opt in OPTIONS:
-        for source in (flags.get(opt.name), environ.get("LINK_" + opt.name.upper()), file.get(opt.name)):
-            if source is not None:
-                values[opt.name] = _typed(opt, source)
-                break
-    values["hostname"] = values.get("hostname") or socket.gethostname()
-    config = Config(**values)
-    _check_ranges(config)
-    _check_relations(config)
-    return config
-
-
-def _check_ranges(config: Config) -> None:
-    for opt in OPTIONS:
-        value, choices = getattr(config, opt.name), opt.metadata["choices"]
-        low, high = opt.metadata["low"], opt.metadata["high"]
-        if isinstance(value, int | float) and not low <= value <= high:
-            raise ConfigError(f"{opt.name}: {value} is out of range; use {low:g} to {high:g}")
-        if choices and value not in choices:
-            raise ConfigError(f"{opt.name}: {value!r} is none of {', '.join(choices)}")
-
-
-def _is_ensemble(text: str) -> bool:
-    """Whether it is a connect string of ZooKeeper, or empty."""
-    servers = [re.fullmatch(r"[^\s/]+:(\d{1,5})", server) for server in text.partition("/")[0].split(",")]
-    return not text or (" " not in text and all(found and 0 < int(found[1]) < 65536 for found in servers))
-
-
-def _check_relations(config: Config) -> None:
-    """What one key says about another: refused here rather than found at three in the morning."""
-    for wrong, message in (*_checks_here(config), *_checks_of_zookeeper(config)):
-        if wrong:
-            raise ConfigError(message)
-    for key in ("zookeeper_tls_ca", "zookeeper_tls_cert", "zookeeper_tls_key", "tls_cert", "tls_key"):
-        if (path := getattr(config, key)) and not os.access(path, os.R_OK):
-            raise ConfigError(f"{key}: {path} cannot be read; name a PEM file that this user may read")
-    tls_context(config)
-    if config.zookeeper_tls_ca:
-        try:
-            ssl.create_default_context(cafile=config.zookeeper_tls_ca)
-        except ssl.SSLError as error:
-            raise ConfigError(f"zookeeper_tls_ca: {config.zookeeper_tls_ca} is no PEM certificate: {error}") from None
-    _check_listen(config)
-    _check_ips(config)
-
-
-def _checks_here(c: Config) -> tuple[tuple[bool, str], ...]:
-    """What is wrong, and what to say then."""
-    return (
-        (not c.interface, "interface: required; name the interface that carries the virtual IPs, e.g. interface: eth0"),
-        (len(c.interface) > 15 or "/" in c.interface, f"interface: {c.interface!r} is not an interface name"),
-        (
-            not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z._-]{0,252}", c.hostname),
-            f"hostname: {c.hostname!r} is not a host name",
-        ),
-        (bool(c.tls_cert) != bool(c.tls_key), "tls_cert: needs tls_key, too"),
-        (bool(c.user) > bool(c.password), "user: needs password, too"),
-        (bool(c.user) < bool(c.password), "password: needs user, too"),
-        (
-            c.probe_interval * max(c.probe_count, 1) >= c.session_timeout,
-            "probe_interval: probe_interval * probe_count must be less than session_timeout; lower one of them",
-        ),
-        (c.probe_count == 1, "probe_count: one lost packet is no silence; use 0, or 2 or more"),
-        (c.handover_timeout >= c.stop_timeout, "handover_timeout: must be less than stop_timeout; lower it"),
-        (len(c.ips) > c.max_ips, f"ips: {len(c.ips)} IPs are more than max_ips ({c.max_ips}); raise max_ips"),
-    )
-
-
-def _checks_of_zookeeper(c: Config) -> tuple[tuple[bool, str], ...]:
-    """The same for what has to do with ZooKeeper."""
-    return (
-        (
-            not re.fullmatch(r"(/(?!\.{1,2}(/|$))[^/\s]+)+", c.zookeeper_root),
-            "zookeeper_root: must be an absolute path such as /link",
-        ),
-        (not _is_ensemble(c.zookeeper), f"zookeeper: {c.zookeeper!r} is not host:port[,host:port...][/chroot]"),
-        (
-            not c.zookeeper and (not c.probe_count or c.on_fault == "hold"),
-            "zookeeper: without it the wire decides: set it, or probe_count above 0 and on_fault other than hold",
-        ),
-        (bool(c.zookeeper_auth) and ":" not in c.zookeeper_auth, "zookeeper_auth: must be user:password"),
-        (bool(c.zookeeper_tls_cert) != bool(c.zookeeper_tls_key), "zookeeper_tls_cert: needs zookeeper_tls_key, too"),
-        (
-            c.at_most_one and not c.zookeeper,
-            "promise: at-most-one needs ZooKeeper; set zookeeper, or use at-least-one",
-        ),
-        (
-            c.at_most_one and c.session_timeout < 2,
-            "session_timeout: at-most-one needs 2 s or more: the kernel counts address lifetimes in whole seconds",
-        ),
-    )
-
-
-def tls_context(config: Config) -> ssl.SSLContext | None:
-    """For the API; None where it is plain HTTP. Raises ConfigError where the files are no certificate and its key."""
-    if not config.tls_cert:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(config.tls_cert, config.tls_key)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"tls_cert: {config.tls_cert} and tls_key do not fit together: {error}") from None
-    return context
-
-
-def _check_listen(config: Config) -> None:
-    try:
-        host, port = config.listen_address
-        if not 0 <= port <= 65535 or not host:
-            raise ValueError
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        raise ConfigError(f"listen: {config.listen!r} is not address:port, e.g. 127.0.0.1:1313") from None
-    if not loopback and not config.password:
-        raise ConfigError(f"user: required with password because listen ({config.listen}) is not loopback")
-
-
-def _check_ips(config: Config) -> None:
-    try:
-        vips = config.virtual_ips
-        for witness in config.witnesses:
-            ipaddress.ip_address(str(witness))
-    except Invalid as error:
-        raise ConfigError(f"ips: {error}: {error.body.get('detail', '')}") from None
-    except ValueError as error:
-        raise ConfigError(f"witnesses: {error}") from None
-    names = [vip.address for vip in vips]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ConfigError(f"ips: {min(twice)} is there twice; remove one")
+        checks = [asdict(check) for check in self.checks]
+        return {"id": self.id, "ip": str(self.ip), "checks": checks, "healthcheck_interval": self.healthcheck_interval}
 
 
 ################################################################################
@@ -528,32 +248,22 @@ class Event(StrEnum):
     HEALTH_CHECK_SUCCESS = "health_check_success"
 
 
+_S, _A, _F = State
 TRANSITIONS: Mapping[tuple[State, Event], State] = {
-    (State.STANDBY, Event.FAULT): State.ACTIVATED,
-    (State.STANDBY, Event.ELECTED): State.ACTIVATED,
-    (State.STANDBY, Event.DEMOTED): State.STANDBY,
-    (State.STANDBY, Event.HEALTH_CHECK_FAIL): State.FAILING,
-    (State.STANDBY, Event.HEALTH_CHECK_SUCCESS): State.STANDBY,
-    (State.ACTIVATED, Event.FAULT): State.ACTIVATED,
-    (State.ACTIVATED, Event.ELECTED): State.ACTIVATED,
-    (State.ACTIVATED, Event.DEMOTED): State.STANDBY,
-    (State.ACTIVATED, Event.HEALTH_CHECK_FAIL): State.FAILING,
-    (State.ACTIVATED, Event.HEALTH_CHECK_SUCCESS): State.ACTIVATED,
-    (State.FAILING, Event.FAULT): State.FAILING,
-    (State.FAILING, Event.ELECTED): State.FAILING,
-    (State.FAILING, Event.DEMOTED): State.FAILING,
-    (State.FAILING, Event.HEALTH_CHECK_FAIL): State.FAILING,
-    (State.FAILING, Event.HEALTH_CHECK_SUCCESS): State.STANDBY,
+    (state, event): new
+    for state, row in {_S: (_A, _A, _S, _F, _S), _A: (_A, _A, _S, _F, _A), _F: (_F, _F, _F, _F, _S)}.items()
+    for event, new in zip(Event, row, strict=True)
 }
 
 
-def step(state: State, event: Event) -> State:
-    """The state after the event."""
-    return TRANSITIONS[state, event]
+################################################################################
+# Decision: the facts of one instant in, one decision out; no I/O, no clock
+################################################################################
 
-################################################################################
-# Decision: facts in, one decision out; no I/O, no clock
-################################################################################
+TICK = 1.0  # seconds: all is decided again this often, who was heard then counts as there, a hand-over lasts at most
+LONG = 10.0  # seconds: a stop's limit, and when a host that hears nobody at all, nor ZooKeeper, counts as alone
+LINGER = 0.05  # seconds an address stays when its successor is heard: requests are still on their way
+PATIENCE = (0.65, 0.4, 0.2)  # seconds a rival must stay before we yield: ours is the lower MAC; ZooKeeper is late; else
 
 
 class Lock(StrEnum):
@@ -562,17 +272,8 @@ class Lock(StrEnum):
     MINE = "mine"
     OTHER = "other"
     NOBODY = "nobody"
-    WAITING = "waiting"  # not known yet, or out of reach for less than the session timeout
-    UNKNOWN = "unknown"  # out of reach for longer, or no ZooKeeper at all
-
-
-class Wire(StrEnum):
-    """What layer 2 says about other hosts that have the VIP."""
-
-    ANSWERED = "answered"
-    SILENT = "silent"
-    LOOKING = "looking"  # asked, not long enough to tell
-    BLIND = "blind"  # cannot be asked: no carrier, a NOARP interface, probing off, or this host hears nobody
+    WAITING = "waiting"  # not known yet, doubted, or no answer for a moment
+    UNKNOWN = "unknown"  # no answer for a session timeout, or no ZooKeeper at all
 
 
 class Intent(StrEnum):
@@ -584,463 +285,641 @@ class Intent(StrEnum):
     DELETE = "delete"
 
 
-class Facts(NamedTuple):
-    """All that a decision about one VIP rests on."""
+class Look(Enum):
+    """How an IP is to be watched on the wire."""
 
-    lock: Lock
-    wire: Wire
-    healthy: bool
-    intent: Intent
-    bound: bool  # what the kernel has
-    outranked: bool = False  # no confirmed lock, and a rival on the wire has the better claim
-    successor: bool = False  # another contender waits in the queue, or has the lock
-    overdue: bool = False  # letting go for longer than handover_timeout
-    accused: bool = False  # the holder answered in this term, fell silent, and we may say so
-    doubtful: bool = False  # healthy by health_check_fall, but the last result of a check was a failure
-    on_fault: str = "probe"
-    at_most_one: bool = False
+    NONE = "none"
+    SLOW = "slow"  # now and then, one IP of each peer after the other
+    FAST = "fast"  # the same at the pace of probe_interval: silence must be found at once
+    SEARCH = "search"  # each IP by itself, of everybody
+
+
+class Facts(NamedTuple):
+    """All that a decision about one IP rests on, as numbers of one instant; times in seconds, inf: never."""
+
+    lock: Lock = Lock.UNKNOWN
+    next: bool = False  # our place in the queue is right behind the holder's, which is a LinK host's
+    second: bool = False  # another standby stands before ours
+    successor: bool = False  # another host waits for the IP, or has the lock
+    heard: float = math.inf  # since another host was last heard to have it, in this term of the holder
+    staying: float = 0.0  # for which it had been heard by then
+    slack: float = LINGER  # for which it may be heard before it serves
+    alone: float = 0.0  # since then, or since we began to look
+    met: bool = False  # the holder has answered a probe of this host in this term
+    lower: bool = False  # our MAC is the lower one
+    unanswered: int = 0  # probes in a row
+    needed: int = 3  # so many are silence; 0: the wire is not asked
+    blind: bool = False  # it cannot be asked: no ARP, or the lock is another program's, which will not answer
+    deaf: float = 0.0  # for which no witness but the accused has answered; 0: one does, or there is none
+    empty: float = 0.0  # for which the queue has been empty while another host has the IP
+    bound: float | None = None  # since we bound it
+    trusted: bool = True  # nothing has made us doubt our right to it since then
+    leaving: float | None = None  # since we began to let go
+    given: bool = False  # who had it has just told us to take it
+    taken: bool = False  # whom we told to take it is the one that is heard
+    healthy: bool = True
+    unsure: bool = False  # the last result of a check was a failure, or is too old
+    rank: float = 0  # hosts that go before us when all fail; inf: our own checks have no verdict yet
+    intent: Intent = Intent.RUN
+
+    @property
+    def proven(self) -> bool:
+        """Whether so many questions in a row had no answer."""
+        return self.unanswered >= self.needed > 0
+
+    @property
+    def served(self) -> bool:
+        """Whether another host has it, as far as we know: a holder of many IPs is asked for one after the other."""
+        return self.heard < math.inf and not self.proven
+
+    @property
+    def fit(self) -> bool:
+        """Healthy, and not a standby that hears nobody at all: a deaf host would serve an island."""
+        return self.healthy and not (self.bound is None and self.deaf > TICK and (self.proven or not self.met))
+
+    @property
+    def other(self) -> bool:
+        """Whether another host is heard to have it; who begins to let go begins to listen anew."""
+        return self.heard <= TICK
 
 
 class Decision(NamedTuple):
-    """An event for the table (decide again after it), or the wanted address and place in the queue."""
+    """An event for the table (decide again after it), or what is wanted of the kernel, ZooKeeper and the wire."""
 
     event: Event | None
-    wanted: bool  # the address is to be on this host
-    contend: bool  # our node is to be in the queue
-    accuse: bool  # the silent holder's node is to be deleted
     reason: str
+    wanted: bool = False  # the address is to be on this host
+    contend: bool = False  # our node is to be in the queue
+    accuse: bool = False  # the silent holder's node is to be deleted
+    announce: bool = False  # everybody may be told that the address is here
+    look: Look = Look.NONE
 
 
 def decide(state: State, f: Facts) -> Decision:
-    """The heart of LinK: total over State x Facts, checked cell by cell in test_link.py."""
-    claims = f.lock is Lock.UNKNOWN and f.on_fault == "claim" and f.healthy  # the operator prefers two to none
-    f = f._replace(outranked=f.outranked and f.bound and f.lock is not Lock.MINE and not claims)
-    if f.healthy and state is State.FAILING:
-        return Decision(Event.HEALTH_CHECK_SUCCESS, f.bound, False, False, "checks pass")
-    if not f.healthy and state is not State.FAILING:
-        return Decision(Event.HEALTH_CHECK_FAIL, f.bound, False, False, "checks fail")
-    if f.at_most_one:
-        return _at_most_one(state, f)
-    event, wanted, reason = _at_least_one(state, f)
-    contend = state is not State.FAILING and f.intent is Intent.RUN
-    accuse = f.accused and state is State.STANDBY and f.intent is Intent.RUN and f.lock is Lock.OTHER
-    return Decision(event, wanted, contend, accuse and event is None, reason)
+    """The heart of LinK (`promise: at-least-one`): total over State x Facts; test_link.py checks all of its space."""
+    if f.fit is (state is State.FAILING):
+        return _health_event(f)
+    alone = f.lock in (Lock.UNKNOWN, Lock.NOBODY) and f.deaf > LONG  # nobody at all is heard, nor a better word
+    silent = f.proven and (f.deaf == 0 or alone)
+    doubts = f.unsure and f.bound is None and not silent  # a check has just failed: no reason to move it here
+    runs, mine = f.intent is Intent.RUN, f.given or (f.lock is Lock.MINE and not doubts)
+    rivalled = f.bound is not None and f.other and not (mine or f.taken or f.lock is Lock.OTHER)
+    beaten = rivalled and f.staying >= patience(f)
+    named = f.lock is Lock.OTHER or (f.lock is Lock.MINE and not runs) or f.taken
+    relieved = named and f.other and f.heard + f.staying >= f.slack
+    orphan = f.lock is Lock.UNKNOWN or (f.lock is Lock.WAITING and f.next and f.met)
+    last = f.lock in (Lock.UNKNOWN, Lock.NOBODY) and (f.unsure or not f.fit) and f.alone > TICK * (1 + 0.3 * f.rank)
+    take = (f.fit and (mine or (orphan and (silent or f.blind)))) or (silent and last)
+    again = state is State.ACTIVATED and f.bound is None and f.lock is not Lock.OTHER and not f.other
+    ours = runs and not beaten and (take or again)
+    late = f.leaving is not None and f.leaving > TICK
+    gone = late and f.lock is Lock.OTHER and (f.blind or not f.needed or f.deaf > 0)
+    if f.intent is Intent.DELETE:
+        gone = late or not (f.successor or f.lock is Lock.WAITING)
+    keep = f.bound is not None and not (relieved or beaten or gone)
+    if ours and state is State.STANDBY:
+        return Decision(Event.ELECTED if f.lock is Lock.MINE else Event.FAULT, _why(f, silent))
+    if state is State.ACTIVATED and not (ours or keep):
+        return Decision(Event.DEMOTED, "another host has the better claim" if beaten else _why(f, silent))
+    may_speak = (ours or keep) and runs and (f.trusted or f.bound is None) and f.lock is not Lock.OTHER
+    return Decision(
+        None,
+        _why(f, silent) + (", keeps the IP until another host has it" if keep and not ours else ""),
+        wanted=ours or keep,
+        contend=_contend(f),
+        accuse=silent and f.met and f.next and f.lock is Lock.OTHER and state is State.STANDBY and runs,
+        announce=may_speak and (mine or (not f.deaf and (silent or not f.other))),
+        look=_look(f),
+    )
 
 
-def _at_most_one(state: State, f: Facts) -> Decision:
-    """Let go first, and never hold without a confirmed lock; leave the queue only when the address is gone."""
-    mine = f.lock is Lock.MINE and f.intent is Intent.RUN
-    contend = f.bound or (state is not State.FAILING and f.intent is Intent.RUN)
+def at_most_one(state: State, f: Facts) -> Decision:
+    """`promise: at-most-one`: let go first, and never hold without a confirmed lock; leave the queue last."""
+    if f.fit is (state is State.FAILING):
+        return _health_event(f)
+    mine = f.lock is Lock.MINE and f.intent is Intent.RUN and (f.bound is not None or not f.unsure)
     if state is State.STANDBY and mine:
-        return Decision(Event.ELECTED, False, True, False, "has the lock")
+        return Decision(Event.ELECTED, "has the lock")
     if state is State.ACTIVATED and not mine:
         why = "the lock is not confirmed" if f.intent is Intent.RUN else f"{f.intent.value} was asked"
-        return Decision(Event.DEMOTED, False, contend, False, why)
-    return Decision(None, state is State.ACTIVATED, contend, False, "at most one host: only with a confirmed lock")
+        return Decision(Event.DEMOTED, why)
+    contend, held = f.bound is not None or _contend(f), state is State.ACTIVATED
+    return Decision(None, "at most one host: only with a confirmed lock", held, contend, announce=held)
 
 
-def _at_least_one(state: State, f: Facts) -> tuple[Event | None, bool, str]:
-    named = f.lock is Lock.OTHER or (f.lock is Lock.MINE and f.intent is not Intent.RUN)  # our node goes
-    seen = f.wire is Wire.ANSWERED or (f.overdue and f.wire is Wire.BLIND and f.lock is Lock.OTHER)
-    relieved = named and seen
-    if f.intent is Intent.DELETE:
-        named = f.successor and f.lock in (Lock.MINE, Lock.OTHER)
-        waits = (named or f.lock is Lock.WAITING) and not relieved and not f.overdue
-        return None, f.bound and waits, "is being removed from this host"
-    if state is State.FAILING:
-        return _failing(f, relieved)
-    if state is State.ACTIVATED:
-        return _activated(f, relieved)
-    return _standby(f, relieved)
+def patience(f: Facts) -> float:
+    """How long a rival must stay before a binder without a confirmed lock yields, in seconds: never two at once.
+
+    At once who does not trust itself and who came late; then the higher MAC, last the lower one. With ZooKeeper there,
+    who was heard first thing after we bound it may have been letting go for us.
+    """
+    late = f.bound is not None and f.bound < TICK and (f.lock is Lock.UNKNOWN or f.bound - f.heard >= 2 * LINGER)
+    if not f.trusted or (late and not f.lower and f.lock is not Lock.WAITING):
+        return 2 * LINGER * f.lower  # if neither does
+    return PATIENCE[0] if f.lower else PATIENCE[1] if f.lock is Lock.WAITING else PATIENCE[2]
 
 
-def _failing(f: Facts, relieved: bool) -> tuple[Event | None, bool, str]:
-    """Not available for election; yet bound until relieved, and the last resort for a silent address."""
-    if f.bound:
-        if relieved or f.outranked:
-            return None, False, "checks fail, another host has the IP"
-        return None, True, "checks fail, but no other host has the IP yet"
-    orphan = f.lock is Lock.NOBODY or (f.lock is Lock.UNKNOWN and f.on_fault != "hold")
-    if orphan and f.wire is Wire.SILENT and f.intent is Intent.RUN:
-        return None, True, "checks fail, but nobody else has the IP"
-    return None, False, "checks fail"
+def _health_event(f: Facts) -> Decision:
+    if f.fit:
+        return Decision(Event.HEALTH_CHECK_SUCCESS, "checks pass")
+    return Decision(Event.HEALTH_CHECK_FAIL, "checks fail")
 
 
-def _activated(f: Facts, relieved: bool) -> tuple[Event | None, bool, str]:
-    if relieved:
-        return Event.DEMOTED, False, "another host has the lock and the IP"
-    if f.outranked:
-        return Event.DEMOTED, False, "another host answers for the IP with the better claim"
-    claims = f.lock is Lock.UNKNOWN and f.on_fault == "claim"
-    taken = f.lock is Lock.OTHER or (f.lock is not Lock.MINE and f.wire is Wire.ANSWERED and not claims)
-    if taken and not f.bound:
-        return Event.DEMOTED, False, "another host has the IP, and it is not bound here any more"
-    words = {
-        Lock.MINE: "has the lock",
-        Lock.OTHER: "another host has the lock, but is not heard to have the IP yet",
-        Lock.NOBODY: "nobody has the lock",
-        Lock.WAITING: "the lock is not confirmed yet",
-        Lock.UNKNOWN: "without a lock: nobody else answers for the IP",
-    }
-    return None, True, words[f.lock]
+def _contend(f: Facts) -> bool:
+    """Who has just failed a check does not stand for election; an empty queue belongs first to who has the IP."""
+    if f.bound is not None:
+        return f.fit and f.intent is Intent.RUN
+    waits = f.lock is Lock.NOBODY and f.served and f.empty < 2 * TICK
+    return f.fit and f.intent is Intent.RUN and not f.unsure and not waits
 
 
-def _standby(f: Facts, relieved: bool) -> tuple[Event | None, bool, str]:
-    keep = f.bound and not relieved and not f.outranked
+def _look(f: Facts) -> Look:
+    """Whom to ask, and how often."""
+    if not f.needed or f.blind:
+        return Look.NONE
+    if f.bound is not None:
+        if f.lock is Lock.MINE and f.intent is Intent.RUN:
+            return Look.NONE
+        calm = f.lock is not Lock.OTHER and f.leaving is None and f.trusted and not f.other
+        return Look.SLOW if calm else Look.SEARCH
+    if f.lock in (Lock.UNKNOWN, Lock.MINE) or (f.lock is Lock.NOBODY and (f.unsure or not f.fit)):
+        return Look.SLOW if f.second or (f.proven and not f.met) else Look.FAST if f.met else Look.SEARCH
+    return Look.FAST if f.next else Look.SLOW
+
+
+def _why(f: Facts, silent: bool) -> str:
+    """In words, for the log and the API."""
     if f.intent is not Intent.RUN:
-        return None, keep, f.intent.value
-    if f.lock is Lock.MINE:
-        doubts = f.doubtful and f.wire in (Wire.ANSWERED, Wire.LOOKING) and not f.bound
-        why = "; but a check has just failed here, and another host may still have the IP" if doubts else ""
-        return None if doubts else Event.ELECTED, keep, f"has the lock{why}"
-    if f.lock is Lock.WAITING and f.accused and f.wire is Wire.SILENT and f.on_fault != "hold" and not f.outranked:
-        return Event.FAULT, keep, "ZooKeeper is out of reach and the holder fell silent"
-    if f.lock is Lock.UNKNOWN and not f.outranked:
-        if f.on_fault == "claim" and f.wire is not Wire.LOOKING:
-            return Event.FAULT, keep, "ZooKeeper is out of reach"
-        if (f.on_fault == "probe" or f.bound) and f.wire in (Wire.SILENT, Wire.BLIND):
-            heard = "nobody answers for the IP" if f.wire is Wire.SILENT else "the wire cannot be asked"
-            return Event.FAULT, keep, f"without ZooKeeper, and {heard}"
-    words = {
-        Lock.OTHER: "another host has the lock",
-        Lock.NOBODY: "is joining the queue",
-        Lock.WAITING: "waits for ZooKeeper",
-        Lock.UNKNOWN: "without ZooKeeper; another host answers for the IP"
-        if f.wire is Wire.ANSWERED
-        else "without ZooKeeper; asks the wire",
-    }
-    return None, keep, words[f.lock] + (", keeps the IP until it is heard" if keep else "")
+        words = {Intent.HAND_OVER: "is being handed over", Intent.STOP: "the agent stops"}
+        return words.get(f.intent, "is being removed")
+    if not f.fit:
+        return "checks fail" + (", but nobody else has the IP" if silent else "")
+    heard = "nobody answers for the IP" if silent else "asks the wire"
+    heard = "the wire cannot be asked" if f.blind else "another host answers for the IP" if f.served else heard
+    return {
+        Lock.MINE: "has the lock",
+        Lock.OTHER: "another host has the lock" + (" and the IP" if f.served else ""),
+        Lock.NOBODY: "a check fails or cannot run; stands for no election" if f.unsure else "is joining the queue",
+        Lock.WAITING: f"waits for ZooKeeper; {heard}",
+        Lock.UNKNOWN: "was given the IP by its holder" if f.given else f"without a lock: {heard}",
+    }[f.lock]
 
 
 ################################################################################
-# Frames: built by scapy when an IP is added, read by struct
+# Frames: scapy makes a template per MAC and kind, addresses are patched in; read by struct
 ################################################################################
 
-BROADCAST = b"\xff" * 6
-ANNOUNCE_AT = (0.0, 0.1, 1.0, 2.0, 5.0, 10.0)  # seconds after a bind: lost frames, slow switch ports, ARP locktime
-ETH_P_ARP, ETH_P_IPV6 = 0x0806, 0x86DD
+WORD = b"LnK\x01"  # LinK's own word, version 1: frozen
 
 
-class Frames(NamedTuple):
-    """The frames of one address as sent from one MAC."""
+class Kind(IntEnum):
+    """What a frame says about an address; the words' numbers are ARP opcodes (RFC 5494: for experiments)."""
 
-    announce: tuple[bytes, ...]
-    ask_all: bytes  # "who has it?" to everybody
-    ask_one: bytes  # the same to one MAC: its first six bytes are the destination
+    ASK = 1  # who has it? A probe (RFC 5227, section 2.1.1), not a claim
+    CLAIM = 2  # I have it
+    WANT = 24  # LinK's word to the holder: I want it
+    GIVE = 25  # LinK's word of the holder: take it, I let go when I hear you
 
 
 class Heard(NamedTuple):
-    """A frame of interest: somebody has, or asks for, an address."""
+    """A frame of interest."""
 
     address: str
     mac: bytes
-    asks: bool  # a probe (RFC 5227, section 2.1.1), not a claim
+    kind: Kind
     broadcast: bool
 
+    @property
+    def asks(self) -> bool:
+        """Whether it is a probe."""
+        return self.kind is Kind.ASK
 
-def build_frames(address: PlainAddress, mac: bytes, own: Mapping[int, str]) -> Frames:
-    """All frames for one address. `own` has this host's link-local IPv6 address under 6, if there is one.
 
-    IPv4 (RFC 5227): both forms of gratuitous ARP, since some devices heed only one; the reply names our own MAC as
-    target, which lets it override entries younger than Linux's locktime (arp_is_garp() in net/ipv4/arp.c). Probes
-    have the sender 0.0.0.0, so that they change nobody's cache. IPv6 (RFC 4861, section 7.2.6): NA with Override.
+class Frames:
+    """All frames as sent from one MAC. `own` has this host's link-local IPv6 address under 6, if there is one.
+
+    IPv4 (RFC 5227): both forms of gratuitous ARP, as some devices heed only one; the reply's target is our own MAC,
+    which overrides entries younger than Linux's locktime (arp_is_garp() in net/ipv4/arp.c). Probes have the sender
+    0.0.0.0: they change nobody's cache. IPv6 (RFC 4861): NA with Override; without a link-local address, NS from "::".
     """
-    return _arp_frames(address, mac) if address.version == 4 else _nd_frames(address, mac, own.get(6))
+
+    def __init__(self, mac: bytes, own: Mapping[int, str]) -> None:
+        from scapy.layers.inet6 import ICMPv6ND_NA, ICMPv6ND_NS, ICMPv6NDOptDstLLAddr, ICMPv6NDOptSrcLLAddr, IPv6
+        from scapy.layers.l2 import ARP, Ether
+
+        src, link_local, ether = mac.hex(":"), own.get(6), Ether(src=mac.hex(":"), dst="ff:ff:ff:ff:ff:ff")
+        arp = functools.partial(ARP, hwsrc=src, psrc="0.0.0.0", pdst="0.0.0.0")
+        self._reply, self._named = bytes(ether / arp(op=2, hwdst=src)), bool(link_local)
+        na = Ether(src=src, dst="33:33:00:00:00:01") / IPv6(src="::", dst="ff02::1", hlim=255)
+        self._na = bytes(na / ICMPv6ND_NA(R=0, S=0, O=1, tgt="::") / ICMPv6NDOptDstLLAddr(lladdr=src))
+        ns = Ether(src=src, dst="33:33:ff:00:00:00") / IPv6(src=link_local or "::", dst="ff02::1:ff00:0", hlim=255)
+        ns = ns / ICMPv6ND_NS(tgt="::") / (ICMPv6NDOptSrcLLAddr(lladdr=src) if link_local else b"")
+        self._asking = {Kind.ASK: (bytes(ether / arp(op=1, hwdst="00:00:00:00:00:00")), bytes(ns))}
+        for kind in (Kind.WANT, Kind.GIVE):
+            word, option = arp(op=kind, hwdst=(WORD + b"\0\0").hex(":")), b"\xfd\x01" + WORD + bytes((kind, 0))
+            self._asking[kind] = bytes(ether / word), bytes(ns / option)  # RFC 4727
+
+    def announce(self, address: PlainAddress) -> tuple[bytes, ...]:
+        """The frames that say "I have it" to everybody."""
+        ip, na = address.packed, self._na
+        if address.version == 4:
+            return tuple(f[:28] + ip + f[32:38] + ip for f in (self._asking[Kind.ASK][0], self._reply))
+        return (_with_sum(na[:22] + ip + na[38:62] + ip + na[78:]),)
+
+    def ask_all(self, address: PlainAddress) -> bytes:
+        """The question "who has it?" to everybody."""
+        return self._ask(Kind.ASK, address)
+
+    def ask_one(self, address: PlainAddress, mac: bytes) -> bytes:
+        """The same question to one MAC."""
+        return self._ask(Kind.ASK, address, mac, self._named)
+
+    def word(self, kind: Kind, address: PlainAddress, to: bytes) -> bytes:
+        """WANT or GIVE to one MAC. Kernels heed neither ARP opcode nor option (RFC 4861, section 4.6)."""
+        return self._ask(kind, address, to)
+
+    def _ask(self, kind: Kind, address: PlainAddress, mac: bytes = b"", to_itself: bool = False) -> bytes:
+        """To the MAC or all; a solicitation goes to the group of its address (RFC 4291, section 2.7.1) or itself."""
+        (arp, ns), ip = self._asking[kind], address.packed
+        if address.version == 4:
+            return (mac or arp[:6]) + arp[6:38] + ip
+        to = ip if to_itself else ns[38:51] + ip[13:]
+        return _with_sum((mac or ns[:3] + ip[13:16]) + ns[6:38] + to + ns[54:62] + ip + ns[78:])
 
 
-def _mac_text(mac: bytes) -> str:
-    return mac.hex(":")
-
-
-def _arp_frames(address: PlainAddress, mac: bytes) -> Frames:
-    from scapy.layers.l2 import ARP, Ether
-
-    src, ip, everyone = _mac_text(mac), str(address), "ff:ff:ff:ff:ff:ff"
-    ether = Ether(src=src, dst=everyone)
-    request = ether / ARP(op=1, hwsrc=src, psrc=ip, hwdst="00:00:00:00:00:00", pdst=ip)
-    reply = ether / ARP(op=2, hwsrc=src, psrc=ip, hwdst=src, pdst=ip)
-    probe = bytes(ether / ARP(op=1, hwsrc=src, psrc="0.0.0.0", hwdst="00:00:00:00:00:00", pdst=ip))
-    return Frames((bytes(request), bytes(reply)), probe, probe)
-
-
-def _nd_frames(address: PlainAddress, mac: bytes, own: str | None) -> Frames:
-    from scapy.layers.inet6 import (
-        ICMPv6ND_NA,
-        ICMPv6ND_NS,
-        ICMPv6NDOptDstLLAddr,
-        ICMPv6NDOptSrcLLAddr,
-        IPv6,
-    )
-    from scapy.layers.l2 import Ether
-
-    src, ip, low = _mac_text(mac), str(address), address.packed[-3:]
-    group = str(ipaddress.IPv6Address(bytes.fromhex("ff0200000000000000000001ff") + low))
-    na = ICMPv6ND_NA(R=0, S=0, O=1, tgt=ip) / ICMPv6NDOptDstLLAddr(lladdr=src)
-    announce = bytes(Ether(src=src, dst="33:33:00:00:00:01") / IPv6(src=ip, dst="ff02::1", hlim=255) / na)
-    ask = ICMPv6ND_NS(tgt=ip) / ICMPv6NDOptSrcLLAddr(lladdr=src) if own else ICMPv6ND_NS(tgt=ip)
-    sender = own or "::"
-    group_mac = "33:33:" + (b"\xff" + low).hex(":")
-    to_all = bytes(Ether(src=src, dst=group_mac) / IPv6(src=sender, dst=group, hlim=255) / ask)
-    to_one = bytes(Ether(src=src, dst=group_mac) / IPv6(src=sender, dst=ip if own else group, hlim=255) / ask)
-    return Frames((announce,), to_all, to_one)
+def _with_sum(frame: bytes) -> bytes:
+    """The frame with its ICMPv6 checksum (RFC 4443): the sum of all words is the whole, modulo 2**16 - 1."""
+    total = int.from_bytes(frame[22:56] + frame[58:], "big") + len(frame) - 54 + socket.IPPROTO_ICMPV6
+    return frame[:56] + (-total % 0xFFFF).to_bytes(2, "big") + frame[58:]
 
 
 def read_frame(frame: bytes) -> Heard | None:
     """An ARP packet or a neighbour solicitation / advertisement; None for anything else, however malformed.
 
-    Hop limit 255 proves that no router forwarded it (RFC 4861, section 7.1).
+    ARP must come from the MAC it speaks of. Hop limit 255 proves that no router forwarded it (RFC 4861, section 7.1).
     """
-    if len(frame) < 42:
+    mac, kind, about = frame[6:12], None, frame[62:78]
+    if frame[12:21] == b"\x08\x06\x00\x01\x08\x00\x06\x04\x00" and frame[22:28] == mac and len(frame) >= 42:
+        op, about = frame[21], frame[28:32]
+        if any(about):
+            kind = Kind.CLAIM if op in (1, 2) else None
+        elif op == Kind.ASK or (op in (Kind.WANT, Kind.GIVE) and frame[32:38] == WORD + b"\0\0"):
+            kind, about = Kind(op), frame[38:42]
+    elif frame[12:14] == b"\x86\xdd" and len(frame) >= 78 and frame[20:22] == b"\x3a\xff" and frame[54] in (135, 136):
+        kind, end = Kind.ASK if frame[54] == 135 else Kind.CLAIM, 54 + int.from_bytes(frame[18:20], "big")
+        option = frame[max(78, end - 8) : end]
+        if kind is Kind.ASK and option[:5] == b"\xfd\x01" + WORD[:3]:  # maybe of another version
+            kind = Kind(option[6]) if option[2:] in (WORD + b"\x18\0", WORD + b"\x19\0") else None
+    if kind is None:
         return None
-    broadcast, kind = bool(frame[0] & 1), int.from_bytes(frame[12:14], "big")
-    if kind == ETH_P_ARP and frame[14:20] == b"\x00\x01\x08\x00\x06\x04":
-        mac, sender, target = frame[22:28], frame[28:32], frame[38:42]
-        asks = sender == b"\0\0\0\0"
-        if asks and frame[20:22] != b"\0\1":
-            return None
-        return Heard(socket.inet_ntoa(target if asks else sender), mac, asks, broadcast)
-    if kind == ETH_P_IPV6 and len(frame) >= 78 and frame[20:22] == b"\x3a\xff" and frame[54] in (135, 136):
-        address = str(ipaddress.IPv6Address(frame[62:78]))
-        return Heard(address, frame[6:12], frame[54] == 135, broadcast)
-    return None
+    address = socket.inet_ntoa(about) if len(about) == 4 else str(ipaddress.IPv6Address(about))
+    return Heard(address, mac, kind, bool(frame[0] & 1))
 
 
 ################################################################################
-# Network: the only place that knows netlink and packet sockets
+# Wire: whom to ask, how often, and what was heard; it judges nothing
 ################################################################################
 
-IFF_UP, IFF_NOARP, IFF_LOWER_UP = 0x1, 0x80, 0x10000  # <linux/if.h>
-IFA_F_NODAD, IFA_F_TENTATIVE, IFA_F_NOPREFIXROUTE = 0x02, 0x40, 0x200  # <linux/if_addr.h>
-IFA_PROTO_LINK = 0x4C  # marks our addresses (IFA_PROTO, Linux 5.18): never touch one that LinK did not add
-IFA_ADDRESS, IFA_LOCAL, IFA_CACHEINFO, IFA_FLAGS, IFA_PROTO = 1, 2, 6, 8, 11  # the same
-RTM_NEWADDR, RTM_DELADDR = 20, 21  # <linux/rtnetlink.h>
-NLM_F_REQUEST, NLM_F_ACK, NLM_F_REPLACE, NLM_F_CREATE = 0x1, 0x4, 0x100, 0x400  # <linux/netlink.h>
-RTMGRP = 0x1 | 0x10 | 0x100  # link, IPv4 and IPv6 address groups, <linux/rtnetlink.h>
-SO_ATTACH_FILTER, SO_RCVBUFFORCE = 26, 33  # <asm-generic/socket.h>
-# Classic BPF: IPv6, next header ICMPv6, type 135 or 136 (neighbour solicitation, advertisement).
-ND_FILTER = (
-    *((0x30, 0, 0, 20), (0x15, 0, 4, 58), (0x30, 0, 0, 54), (0x15, 1, 0, 135), (0x15, 0, 1, 136)),
-    *((0x06, 0, 0, 0x40000), (0x06, 0, 0, 0)),
-)
+
+class WireView(NamedTuple):
+    """What layer 2 knows about one IP at one instant; times in seconds, inf: never."""
+
+    mac: bytes = b""  # who was last heard to have it
+    heard: float = math.inf
+    staying: float = 0.0
+    alone: float = 0.0
+    met: bool = False
+    unanswered: int = 0
 
 
-class Link(NamedTuple):
-    """The interface as it is now; number 0 where there is none."""
+@dataclass(eq=False)
+class _Ear:
+    """One IP on the wire; what was heard counts for one term of its holder."""
 
-    number: int = 0  # its index
+    address: PlainAddress
+    began: float  # its holder's term, as far as it is known
+    look: Look = Look.NONE
+    peer: bytes = b""  # whom to ask: the holder's MAC, as far as it is known
     mac: bytes = b""
-    up: bool = False  # administratively up, with carrier
-    arp: bool = False  # the wire can be asked at all
-    trouble: str = "the interface does not exist"
+    heard: float = -math.inf
+    since: float = -math.inf  # heard without a break
+    met: bool = False  # has answered a probe: only who did can fall silent
+    unanswered: int = 0
+    asked: bool = False  # a question is out
 
 
-class Network:
-    """Addresses, link state and frames of one interface, for the loop's thread only.
+@dataclass(eq=False)
+class _Stream:
+    """The probes of one kind to one peer, however many IPs it has."""
 
-    pyroute2 and rtnetlink(7) for addresses, AF_PACKET sockets for frames (packet(7)).
-    A simulated one has the same methods.
+    ears: list[_Ear] = field(default_factory=list)
+    turn: int = 0
+    misses: int = 0
+    sent: float = -math.inf
+    next: float = -math.inf
+
+
+@dataclass(eq=False)
+class _Witness:
+    """An address of somebody else on the LAN that proves that this host can hear; it counts once it has answered."""
+
+    frame: bytes
+    tries: int = 0  # to meet it
+    met: bool = False
+    asked: float = math.inf  # since when it owes an answer
+
+
+class Wire:
+    """The second witness: who *does* have an IP. Loop thread only; sends by `send`.
+
+    A holder is asked for one of its IPs after the other, at rest every `rest` intervals, however many IPs it has. The
+    first miss quickens the questions; the last one before the verdict goes to everybody, for all of that holder's IPs
+    (its MAC may have changed). What fell silent, or never answered, is asked for by itself.
     """
 
-    def __init__(self, interface: str) -> None:
-        self.interface = interface
-        self._index = 0
-        self._ipr: Any = None
-        self._packets: list[socket.socket] = []
-        self._saved: set[Address] = set()  # added by us on a kernel that does not keep IFA_PROTO
-        self._macs: set[str] = set()  # of all of this machine's interfaces: another one on the same LAN is no rival
-        self._requests = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-        self._hints = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
-        self._hints.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-        self._hints.bind((0, RTMGRP))
+    QUICK = 0.6  # of an interval: a kernel answers within a millisecond (measured: 0.5 ms)
+    WITNESSES = 8  # are asked at most
 
-    def sync(self) -> tuple[Link, dict[Address, bool], dict[int, str]]:
-        """The link, its addresses (True: LinK added it), and this host's own one per IP version (6: link-local).
+    def __init__(self, interval: float, rest: float, count: int, send: Callable[[Iterable[bytes]], None]) -> None:
+        self._interval, self._rest, self._count, self._send = interval, rest * interval, count, send
+        self._frames: Frames | None = None
+        self._mac = b""
+        self._ears: dict[str, _Ear] = {}
+        self._streams: dict[tuple[Look, bytes], _Stream] = {}
+        self._changed = False
+        self._witnesses: dict[str, _Witness] = {}
+        self._heard = -math.inf  # anybody
+        self._askers: dict[bytes, float] = {}  # who asks for IPs of ours, and when last
+        self._due = math.inf
+        self.suspects = False  # a holder has missed a probe: ZooKeeper may be needed soon
 
-        The interface is looked up by name each time, so one that was made anew is found.
+    @property
+    def due(self) -> float:
+        """When run() wants to be called again."""
+        return -math.inf if self._changed else self._due
+
+    # -- what is to be watched
+
+    def use(self, mac: bytes, own: Mapping[int, str]) -> None:
+        """Send from this MAC; `own` as Frames wants it. Without a MAC nothing is sent."""
+        self._mac, self._frames = mac, Frames(mac, own) if mac else None
+
+    def add(self, address: PlainAddress, now: float) -> None:
+        """Listen for an IP from now on."""
+        self._ears[str(address)] = _Ear(address, now)
+
+    def remove(self, address: str) -> None:
+        """Listen for it no more."""
+        if self._ears.pop(address, None):
+            self._changed = True
+
+    def watch(self, address: str, look: Look, peer: bytes) -> None:
+        """How to ask for an IP; `peer` is the holder's MAC by its record, until another one is heard."""
+        ear = self._ears[address]
+        peer = ear.mac or peer if look in (Look.SLOW, Look.FAST) else b""
+        if (ear.look, ear.peer) != (look, peer):
+            if look is Look.SEARCH or (ear.peer and not peer):  # one host's silence is not the silence of all
+                ear.unanswered, ear.asked = 0, False
+            ear.look, ear.peer, self._changed = look, peer, True
+
+    def witnesses(self, addresses: Iterable[str]) -> bool:
+        """Whom else to ask, to prove that this host can hear; whether meet() has anybody new to ask."""
+        old, self._witnesses = self._witnesses, {}
+        for address in sorted(addresses)[: self.WITNESSES] if self._frames else ():
+            frame = self._frames.ask_all(ipaddress.ip_address(address)) if self._frames else b""
+            witness = self._witnesses[address] = old.get(address) or _Witness(frame)
+            witness.frame = frame
+        return bool(self._witnesses.keys() - old.keys())
+
+    def term(self, address: str, mac: bytes, now: float) -> None:
+        """A new holder, with this MAC: it has not answered yet."""
+        ear = self._ears[address]
+        ear.met, ear.began = False, now
+        if ear.mac != mac or now - ear.heard > TICK:
+            self.forget(address)
+
+    def forget(self, address: str) -> None:
+        """Count only what is heard from now on."""
+        ear = self._ears[address]
+        ear.mac, ear.heard, ear.since, ear.met = b"", -math.inf, -math.inf, False
+        ear.unanswered, ear.asked, self._changed = 0, False, True
+
+    def distrust(self) -> None:
+        """Forget every question that is out: this process was late, or the link was down."""
+        for ear in self._ears.values():
+            ear.unanswered, ear.asked, self._changed = 0, False, True
+        for stream in self._streams.values():
+            stream.misses = 0
+        for witness in self._witnesses.values():
+            witness.asked = math.inf
+
+    # -- what is known
+
+    def view(self, address: str, now: float) -> WireView:
+        """What was heard of an IP."""
+        ear = self._ears[address]
+        staying = ear.heard - ear.since if ear.mac else 0.0
+        alone = now - max(ear.heard, ear.began)
+        return WireView(ear.mac, now - ear.heard, staying, alone, ear.met, ear.unanswered)
+
+    def deaf(self, now: float, but: Collection[str] | None) -> float:
+        """For how long no witness has answered, but for these (the accused's own); 0: one does, or none ever did.
+
+        Without an accused (None) any frame is proof enough.
         """
-        from pyroute2 import IPRoute
-        from pyroute2.netlink.exceptions import NetlinkError
+        if but is None and now - self._heard <= TICK:
+            return 0.0
+        owing = [w.asked for address, w in self._witnesses.items() if w.met and address not in (but or ())]
+        return max(0.0, now - max(owing) - self._interval * self.QUICK / 2) if owing else 0.0
 
-        try:
-            self._ipr = self._ipr or IPRoute()
-            index = socket.if_nametoindex(self.interface)
-            if index != self._index:
-                self._open(index)
-            links = list(self._ipr.get_links())
-            self._macs = {str(msg.get_attr("IFLA_ADDRESS")) for msg in links}
-            return next((self._link(msg) for msg in links if msg["index"] == index), Link()), *self._addresses(index)
-        except (OSError, NetlinkError) as error:  # it is not there, or went while we looked; its end is reported
-            log.debug("%s: %s", self.interface, error)
-            self._open(0)
-            return Link(), {}, {}
+    def known(self) -> Collection[str]:
+        """The witnesses' addresses."""
+        return self._witnesses.keys()
 
-    def _link(self, msg: Any) -> Link:
-        flags, mac = msg["flags"], msg.get_attr("IFLA_ADDRESS") or ""
-        up, carrier = bool(flags & IFF_UP), bool(flags & IFF_LOWER_UP)
-        trouble = "" if up and carrier else f"{self.interface} {'has no carrier' if up else 'is down'}"
-        usable = up and carrier and not flags & IFF_NOARP and len(mac) == 17
-        return Link(msg["index"], bytes.fromhex(mac.replace(":", "")), up and carrier, usable, trouble)
+    def met_witness(self) -> bool:
+        """Whether some witness has ever answered: else nobody is taken for dead before his session is over."""
+        return any(witness.met for witness in self._witnesses.values())
 
-    def _addresses(self, index: int) -> tuple[dict[Address, bool], dict[int, str]]:
-        found: dict[Address, bool] = {}
-        own: dict[int, str] = {}
-        for msg in self._ipr.get_addr():
-            if msg["index"] != index:
-                continue
-            text = msg.get_attr("IFA_LOCAL") or msg.get_attr("IFA_ADDRESS")
-            ip = ipaddress.ip_interface(f"{text}/{msg['prefixlen']}")
-            found[ip] = msg.get_attr("IFA_PROTO") == IFA_PROTO_LINK or ip in self._saved
-            if (not found[ip] and ip.version == 4) or ip.is_link_local:
-                own.setdefault(ip.version, str(ip.ip))
-        return found, own
+    def askers(self, now: float) -> list[bytes]:
+        """The MACs of the standbys, by their probes; the lowest first."""
+        return sorted(mac for mac, at in self._askers.items() if now - at <= 2 * TICK)
 
-    def _open(self, index: int) -> None:
-        for sock in self._packets:
-            sock.close()
-        self._packets, self._index = [], index
-        for protocol in (0, ETH_P_ARP, ETH_P_IPV6) if index else ():
-            sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
-            sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 23)  # a thousand IPs may answer at once
-            if protocol == ETH_P_IPV6:
-                _attach(sock, ND_FILTER)
-                everyone = struct.pack("iHH8s", index, 2, 0, b"")  # struct packet_mreq, PACKET_MR_ALLMULTI
-                sock.setsockopt(263, 1, everyone)  # SOL_PACKET, PACKET_ADD_MEMBERSHIP
-            sock.bind((self.interface, protocol))
-            self._packets.append(sock)
+    # -- what comes in
 
-    def adopt(self, addresses: Iterable[str]) -> None:
-        """Addresses an earlier process added, for kernels that do not keep IFA_PROTO."""
-        self._saved.update(map(ipaddress.ip_interface, addresses))
+    def hear(self, heard: Heard, known: bool, now: float) -> bool:
+        """Take in a frame, and whether it is news; `known`: its sender is a host of ours, as far as can be told."""
+        self._heard = now
+        witness, ear = self._witnesses.get(heard.address), self._ears.get(heard.address)
+        if witness and heard.kind is Kind.CLAIM:
+            witness.met, witness.asked = True, math.inf
+        if ear is None or not (known or (heard.broadcast and heard.kind is Kind.CLAIM)):
+            return False  # a proxy's answers count for nothing; it makes no announcements
+        if heard.kind is not Kind.CLAIM:
+            self._askers[heard.mac] = now
+            if heard.asks and heard.broadcast and heard.mac < self._mac and self._about_to_claim(ear):
+                ear.unanswered, ear.asked = 0, False  # two claims would meet: the lower MAC goes first
+            return False
+        if now - ear.heard > 1.5 * TICK:
+            ear.since = now
+        met = ear.met or not heard.broadcast
+        news = ear.mac != heard.mac or ear.met != met or ear.unanswered > 0 or now - ear.heard > TICK
+        self._changed = self._changed or ear.met != met or ear.unanswered >= self._count
+        ear.mac, ear.heard, ear.met, ear.unanswered, ear.asked = heard.mac, now, met, 0, False
+        return news
 
-    def ready(self, ip: Address) -> bool:
-        """Whether the kernel takes packets for it: IPv6 is tentative for some milliseconds, even without DAD.
+    def _about_to_claim(self, ear: _Ear) -> bool:
+        """Whether the last question before the verdict is out, of who does not have the IP."""
+        stream = self._streams.get((ear.look, ear.peer)) if self._turns(ear) else None
+        return ear.asked and (stream.misses if stream else ear.unanswered) >= self._count - 1
 
-        /proc/net/if_inet6 (address, index, prefix length, scope, flags, interface) is cheaper than a dump by netlink.
-        """
-        if ip.version == 4:
-            return True
-        with open("/proc/net/if_inet6", encoding="ascii") as file:
-            lines = [line.split() for line in file if line.startswith(ip.ip.packed.hex())]
-        return any(line[5] == self.interface and not int(line[4], 16) & IFA_F_TENTATIVE for line in lines)
+    # -- what goes out
 
-    def add(self, ip: Address, lifetime: int = 0) -> None:
-        """Bind, or refresh the lifetime in seconds (0: for ever). Raises OSError.
+    def tell(self, *frames: bytes) -> None:
+        """Send these."""
+        self._send(frames)
 
-        RTM_NEWADDR with NLM_F_REPLACE: exact address and prefix, no prefix route, no duplicate address detection.
-        """
-        valid = lifetime or 0xFFFFFFFF
-        preferred = valid if ip.version == 4 else 0  # never a source of this host's own traffic (RFC 6724, rule 3)
-        more = (
-            (IFA_FLAGS, struct.pack("I", IFA_F_NOPREFIXROUTE | (IFA_F_NODAD if ip.version == 6 else 0))),
-            (IFA_PROTO, struct.pack("B", IFA_PROTO_LINK)),
-            (IFA_CACHEINFO, struct.pack("4I", preferred, valid, 0, 0)),
-        )
-        self._request(RTM_NEWADDR, NLM_F_REPLACE | NLM_F_CREATE, ip, self._index, *more)
-        self._saved.add(ip)
+    def announce(self, address: str, ask: bool) -> None:
+        """Tell everybody that the IP is here; `ask` also who else has it (a killed agent's kernel, for one)."""
+        if self._frames and (ear := self._ears.get(address)):
+            self._send((*self._frames.announce(ear.address), *([self._frames.ask_all(ear.address)] if ask else [])))
 
-    def remove(self, ip: Address) -> None:
-        """Unbind; no error where it is not there. Raises OSError.
+    def ask(self, addresses: Iterable[str]) -> None:
+        """Ask everybody once for these IPs."""
+        if self._frames:
+            self._send([self._frames.ask_all(self._ears[address].address) for address in addresses])
 
-        RTM_DELADDR with prefix length: without it the kernel removes the first match, maybe not ours.
-        """
-        self._saved.discard(ip)
-        try:
-            self._request(RTM_DELADDR, 0, ip, self._index)
-        except OSError as error:
-            if error.errno not in (errno.EADDRNOTAVAIL, errno.ENODEV, errno.ENOENT):
-                raise
+    def word(self, word: Kind, address: str, mac: bytes) -> None:
+        """Say WANT or GIVE to one host."""
+        if self._frames:
+            self._send([self._frames.word(word, self._ears[address].address, mac)])
 
-    def clear(self, interface: str, addresses: Iterable[str]) -> None:
-        """Remove these from another interface, if it is there; no error where they are not."""
-        for ip in map(ipaddress.ip_interface, addresses):
-            with contextlib.suppress(OSError):
-                self._request(RTM_DELADDR, 0, ip, socket.if_nametoindex(interface))
+    def run(self, now: float) -> list[str]:
+        """Ask what is due; the IPs whose silence is now proven."""
+        self._arrange()
+        proven: list[_Ear] = []
+        for (look, peer), stream in self._streams.items():
+            if now >= stream.next and self._frames:
+                ask = self._ask_each if look is Look.SEARCH else self._ask_in_turn if peer else self._ask_one
+                proven += ask(stream, look, peer, now, self._frames)
+        self._due = min([stream.next for stream in self._streams.values() if self._frames], default=math.inf)
+        return [str(ear.address) for ear in proven]
 
-    def _request(self, kind: int, flags: int, ip: Address, index: int, *more: tuple[int, bytes]) -> None:
-        """One request for an address and its acknowledgement (rtnetlink(7)). Raises OSError.
+    def _turns(self, ear: _Ear) -> bool:
+        """Whether it is asked for in its peer's turn: at full pace only what has answered and still does."""
+        return bool(ear.peer) and (ear.look is Look.SLOW or (ear.met and ear.unanswered < self._count))
 
-        Built here because pyroute2 takes 20 times as long, and a host may have to hand over hundreds of addresses.
-        """
-        family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
-        body = struct.pack("4BI", family, ip.network.prefixlen, 0, 0, index)
-        for name, value in ((IFA_LOCAL, ip.ip.packed), (IFA_ADDRESS, ip.ip.packed), *more):
-            body += struct.pack("HH", 4 + len(value), name) + value + bytes(-len(value) % 4)
-        self._requests.send(struct.pack("I2H2I", 16 + len(body), kind, flags | NLM_F_REQUEST | NLM_F_ACK, 0, 0) + body)
-        (error,) = struct.unpack_from("i", self._requests.recv(4096), 16)
-        if error:
-            raise OSError(-error, os.strerror(-error))
+    def _arrange(self) -> None:
+        """Sort the IPs into streams; one that goes on keeps its pace and its misses."""
+        if not self._changed:
+            return
+        old, self._streams, self._changed = self._streams, {}, False
+        for ear in self._ears.values():
+            if ear.look is not Look.NONE:
+                key = (ear.look, ear.peer) if self._turns(ear) or ear.look is Look.SLOW else (Look.SEARCH, b"")
+                if key not in self._streams:
+                    was = old.get(key, _Stream())
+                    self._streams[key] = _Stream([], was.turn, was.misses, was.sent, was.next)
+                self._streams[key].ears.append(ear)
 
-    def send(self, frames: Iterable[bytes]) -> None:
-        """Through one persistent socket; a full queue, a downed or vanished interface is no error here."""
-        for frame in frames if self._packets else ():
-            try:
-                self._packets[0].send(frame)
-            except OSError as error:
-                log.debug("send on %s: %s", self.interface, error)
-                return
+    def _ask_each(self, stream: _Stream, look: Look, peer: bytes, now: float, frames: Frames) -> list[_Ear]:
+        """Every IP by itself: of everybody, or of the one who must have it but has not answered yet."""
+        proven, young = [], False
+        for ear in stream.ears:
+            meets = ear.look is Look.FAST and not ear.met
+            if ear.asked and not meets and ear.unanswered < self._count:
+                ear.unanswered += 1
+                if ear.unanswered == self._count:
+                    proven.append(ear)
+            young = young or (not meets and ear.unanswered < self._count)
+            ear.asked = True
+            self._send([frames.ask_one(ear.address, ear.peer) if meets and ear.peer else frames.ask_all(ear.address)])
+        self._ask_witnesses(now)
+        stream.next = now + max(self._interval * (1 if young else 4), len(stream.ears) / 1000)
+        return proven
 
-    def receive(self) -> Iterator[Heard]:
-        """What the wire brought since the last call, without waiting."""
-        for sock in self._packets[1:]:
-            with contextlib.suppress(OSError):
-                while True:
-                    heard = read_frame(sock.recv(128))
-                    if heard and _mac_text(heard.mac) not in self._macs:
-                        yield heard
+    def _ask_one(self, stream: _Stream, look: Look, peer: bytes, now: float, frames: Frames) -> list[_Ear]:
+        """One IP of which no holder is known after the other, of everybody; no verdict over the others follows."""
+        stream.turn += 1
+        ear = stream.ears[stream.turn % len(stream.ears)]
+        silent = ear.asked and ear.unanswered == self._count - 1
+        ear.unanswered, ear.asked = min(self._count, ear.unanswered + ear.asked), True
+        self._send([frames.ask_all(ear.address)])
+        if ear.unanswered:
+            self._ask_witnesses(now)
+        stream.next = now + 8 * self._interval
+        return [ear] if silent else []
 
-    def changed(self) -> bool:
-        """Whether the kernel reported a change of a link or an address: a hint; so is an overrun (ENOBUFS)."""
-        seen = False
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                try:
-                    self._hints.recv(65536)
-                except OSError as error:
-                    if error.errno != errno.ENOBUFS:
-                        raise
-                seen = True
-        return seen
+    def _ask_in_turn(self, stream: _Stream, look: Look, peer: bytes, now: float, frames: Frames) -> list[_Ear]:
+        """One IP of this peer after the other; a missing answer is found out soon, whatever the pace."""
+        ear, pace = stream.ears[stream.turn % len(stream.ears)], TICK if look is Look.SLOW else self._rest
+        if not ear.asked:
+            stream.misses = 0
+            if now < stream.sent + pace:  # it was answered: all is well until the next turn
+                stream.next = stream.sent + pace
+                return []
+            stream.turn += 1
+            ear = stream.ears[stream.turn % len(stream.ears)]
+        else:
+            stream.misses += 1
+            self.suspects = self.suspects or look is Look.FAST
+            self._ask_witnesses(now)
+        if stream.misses >= self._count:
+            stream.misses = 0
+            return self._verdict(stream, now)
+        stream.sent, stream.next = now, now + self.QUICK * self._interval
+        if 0 < stream.misses == self._count - 1:
+            for each in stream.ears:
+                each.asked = True
+            self._send([frames.ask_all(each.address) for each in stream.ears])
+            stream.next += len(stream.ears) * 0.0003  # each of them has to be answered
+        else:
+            ear.asked = True
+            self._send([frames.ask_one(ear.address, peer)])
+        return []
 
-    def gateways(self) -> list[str]:
-        """Default gateways reached through the interface."""
-        routes = [r for family in (socket.AF_INET, socket.AF_INET6) for r in self._ipr.get_default_routes(family)]
-        mine = [r.get_attr("RTA_GATEWAY") for r in routes if r.get_attr("RTA_OIF") == self._index]
-        return [gateway for gateway in mine if gateway]
+    def _verdict(self, stream: _Stream, now: float) -> list[_Ear]:
+        """Whoever has not answered the last question, either."""
+        silent = [ear for ear in stream.ears if ear.asked]
+        for ear in silent:
+            ear.unanswered, ear.asked = self._count, False
+        stream.next, self._changed = now + TICK, True
+        return silent
 
-    def files(self) -> list[int]:
-        """Descriptors that become readable when receive() or changed() has news."""
-        return [sock.fileno() for sock in [*self._packets[1:], self._hints]]
+    def meet(self) -> None:
+        """Ask the witnesses that have never answered, often at first; to be called once a second."""
+        for witness in self._witnesses.values():
+            owes = witness.met and witness.asked < math.inf  # it, or its answer, may have been lost
+            if owes or (not witness.met and (witness.tries < 5 or witness.tries % 60 == 0)):
+                self._send([witness.frame])
+            witness.tries += not witness.met
 
-
-def _attach(sock: socket.socket, program: Sequence[tuple[int, int, int, int]]) -> None:
-    """Attach a classic BPF program (struct sock_fprog, <linux/filter.h>)."""
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
-    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)))
+    def _ask_witnesses(self, now: float) -> None:
+        for witness in self._witnesses.values():
+            witness.asked = min(witness.asked, now)
+            self._send([witness.frame])
 
 
 ################################################################################
-# Coordinator: the only place that knows kazoo
+# Referee: who should have each IP; the only place that knows kazoo
 ################################################################################
+
+ANSWER = 0.1  # seconds in which ZooKeeper answers when all is well; later its word counts as not known
 
 
 class Contender(NamedTuple):
-    """One place in the queue for a VIP, in the layout of kazoo's Lock recipe."""
+    """One place in the queue for an IP, in the layout of kazoo's Lock recipe."""
 
     node: str
-    host: str  # the identifier that Lock.contenders() shows
-    session: int
+    session: int  # 0: another program's
+    host: str  # "?": a LinK host whose record is not there
 
 
 class Record(NamedTuple):
     """What a host publishes about itself while its session lives."""
 
-    mac: str
-    addresses: tuple[str, ...]  # its own, on the interface: witnesses for the others
-    boot: str
-
-    def to_bytes(self) -> bytes:
-        """As kept in ZooKeeper."""
-        return json.dumps(self._asdict()).encode()
+    mac: str = ""
+    addresses: tuple[str, ...] = ()  # its own, on the interface: witnesses for the others
+    boot: str = ""
 
     @classmethod
     def parse(cls, data: bytes) -> Record:
@@ -1051,508 +930,1401 @@ class Record(NamedTuple):
             own = tuple(str(ipaddress.ip_address(each)) for each in got["addresses"])
             return cls(got["mac"], own, str(got["boot"]))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return cls("", (), "")
+            return cls()
 
 
-@dataclass
-class _Queue:
-    """The loop's view of one lock directory."""
+class Want(Enum):
+    """The place that this host wants in a queue."""
 
+    WATCH = 0
+    IN = 1
+    FIRST = 2  # all nodes ahead are to go
+    GONE = 3  # out, and the queue is not followed any more
+
+
+class LockView(NamedTuple):
+    """What ZooKeeper last said of one IP, what that is worth now, and until when, without any news."""
+
+    lock: Lock = Lock.UNKNOWN
+    queue: tuple[Contender, ...] = ()  # first the holder; the last known one
+    place: int = -1  # ours in it; -1: none
+    until: float = math.inf
+
+
+class NoReferee:
+    """Where no ZooKeeper is configured: of a lock nothing is known, ever."""
+
+    state, session, timeout, refused, due = "none", None, 0.0, "", math.inf
+    rest = 3.5  # probe intervals between two questions while all is answered: every standby asks the holder
+    records: Mapping[str, Record] = MappingProxyType({})
+    start = stop = want = tick = ask = distrust = publish = staticmethod(lambda *_: None)
+    view = staticmethod(lambda *_: LockView())
+    age = staticmethod(lambda now: math.inf)
+
+
+@dataclass(eq=False)
+class _Place:
+    """One directory: what is wanted there against what was last listed."""
+
+    address: str
+    path: str
     watch: Callable[[Any], None]
-    children: list[str] = field(default_factory=list)
-    known: dict[str, Contender] = field(default_factory=dict)
-    shown: tuple[Contender, ...] | None = None  # the last listing of which every node is known
-    joining: bool = False  # our create is out, or what it made is not listed yet
-    created: bool = False  # it was answered; the next listing counts
-    settling: bool = False  # that listing is being read
-    leaving: bool = False  # forgotten, but our node may still be there
-    refused_at: float = float("-inf")  # ZooKeeper said no to a request: it is made again a little later
-
-    def complete(self) -> None:
-        """Show the listing if all of it has been read."""
-        if all(child in self.known for child in self.children):
-            self.shown = tuple(self.known[child] for child in self.children)
-            if self.settling:
-                self.joining = self.settling = False
+    want: Want = Want.WATCH
+    queue: tuple[Contender, ...] = ()  # as last listed
+    listed: float = -math.inf  # when that was asked for; -inf: not since the last connect, or doubt
+    stale: bool = True  # to be listed again: the watch has fired, we wrote, we doubt, it was refused
+    heeded: bool = False  # `want` was decided after the last listing
+    busy: bool = False  # one request at a time
+    refused: float = math.inf  # since when it cannot be listed
+    not_before: float = -math.inf  # after a refusal
 
 
-# kazoo's Lock names its nodes <32 hex digits>__lock__<sequence>; half of ours are the session's id.
-UNKNOWN_HOST = "?"  # of a node that may not be read
-NODE = re.compile(r"(?:([0-9a-f]{16})[0-9a-f]{16})?.*__lock__-?\d{10}$")
+@dataclass(eq=False)
+class _Hosts(_Place):
+    """The directory in which each host has an ephemeral node of its name, with its record."""
+
+    mine: Record = field(default_factory=Record)  # what is to stand there
+    records: dict[str, Record] = field(default_factory=dict)
+    owners: dict[int, str] = field(default_factory=dict)  # session -> host: of the records, and of who is in a queue
+    owner: int | None = None  # the session whose node has our name; -1: there is none; None: yet to be read
+    dead: int = 0  # the session of an earlier process of this host: its nodes are to go
+    named: int = 0  # the session in which the name was ours: who has had it since is no earlier process
 
 
-class Coordinator:
-    """Who should hold each VIP, by kazoo's asynchronous calls; for the loop's thread only, never waits.
+# kazoo's Lock names its nodes <random UUID, 32 hex digits>__lock__<sequence>. Ours begin with the session; then comes a
+# 0, where such a UUID has 8, 9, a or b (RFC 9562, 4.1): so a stranger's is known by its name.
+NODE = re.compile(r"(?:([0-9a-f]{16})([0-9a-f])[0-9a-f]{15})?.*__lock__-?(\d{10})$")
+_ORDINARY = ("NoNodeError", "NodeExistsError", "NotEmptyError")  # somebody else was there first, or still is
+_NO_ANSWER = ("ConnectionLoss", "SessionExpiredError", "ConnectionClosedError", "AuthFailedError")
 
-    `session` is the id and password, `timeout` what the server granted (s), `confirmed_at` the monotonic send time of
-    the last answered request, `records` what the hosts publish. A simulated one has the same methods.
 
-    Error handling: a request that is lost with its connection is forgotten, since everything is read anew after each
-    connect. kazoo reports LOST only once it is connected again, and its recipes block while it is not (hence no
-    `Lock` object here); `confirmed_at` lets the agent count the lease by itself. Listeners, watches and completions
-    run in kazoo's threads and only post.
+class Referee:
+    """Who *should* have each IP, by kazoo's asynchronous calls; for the loop's thread only, never waits.
+
+    Level-triggered: what is asked is what is wanted against the last listing; every answer ends in `_next`. A request
+    lost with its connection is forgotten, since all is listed anew after each connect. kazoo reports LOST only once it
+    is connected again, and its recipes block while it is not (hence no `Lock` object here): the lease is counted by our
+    own clock, from when the last request was sent that the *leader* has answered (a read is answered by any server,
+    also by one that has lost its leader). Listeners, watches and completions run in kazoo's threads and only post.
     """
 
+    WINDOW = 64  # requests out at once: kazoo wakes its thread through a blocking socket pair (278 fill it)
+    PARTS = 8  # of a session timeout: one without an answer is too long, and so often the leader is asked at least
+    rest = 2.5  # as NoReferee's: the first standby alone asks; no switch port carries 10 ARP a second
+
     def __init__(
-        self, config: Config, clock: Callable[[], float], post: Callable[..., None], changed: Callable[[str], None]
+        self, config: Config, now: Callable[[], float], post: Callable[..., None], news: Callable[[str], None]
     ) -> None:
-        self._config, self._clock, self._post, self._changed = config, clock, post, changed
-        servers, slash, chroot = config.zookeeper.partition("/")
-        self._servers, self._root = servers, (slash + chroot).rstrip("/") + config.zookeeper_root
+        self._config, self._now, self._post, self._news = config, now, post, news
         self._client: Any = None
-        self._queues: dict[str, _Queue] = {}
-        self._record = Record("", (), "")
-        self._owners: dict[str | None, tuple[str, int]] = {}  # whose sessions they are, from the records
-        self._dead: set[int] = set()  # sessions of this host's earlier processes
-        self._pinging = self._ping_again = False
-        self.syncing_since: float | None = None  # the leader was asked, and has not answered yet
-        self._said: set[str] = set()
-        self.connected = False
+        self._hosts = _Hosts("", f"{config.ensemble[1]}/hosts", functools.partial(post, self._fired, ""))
+        self._places: dict[str, _Place] = {"": self._hosts}
+        self._out: dict[object, tuple[float, str]] = {}  # requests: when each was sent, and what it asks
+        self._later: deque[Callable[[], None]] = deque()  # what does not fit into the window
+        self._connected, self._confirmed = False, now()
         self.session: tuple[int, bytes] | None = None
-        self.timeout = config.session_timeout
-        self.confirmed_at = clock()
-        self.records: dict[str, Record] = {}
+        self.timeout = config.session_timeout  # what the server granted
+        self._wrong: dict[str, str] = {}
+        self.due = -math.inf  # when tick() wants to be called again
+
+    # -- the session
+
+    @property
+    def records(self) -> Mapping[str, Record]:
+        """What the hosts publish, by name."""
+        return self._hosts.records
+
+    @property
+    def state(self) -> str:
+        """The word of GET /health."""
+        lost = self.age(self._now()) > self.timeout
+        return "lost" if lost else "connected" if self._connected else "connecting"
+
+    @property
+    def refused(self) -> str:
+        """What ZooKeeper refuses, in words."""
+        return "; ".join(filter(None, self._wrong.values()))
+
+    def age(self, now: float) -> float:
+        """Of the leader's last word, in seconds."""
+        return now - self._confirmed
 
     def start(self, session: tuple[int, bytes] | None, record: Record) -> None:
         """Connect, re-attaching to an earlier process's session if given; tries for ever, at most 0.5 s apart."""
-        self._record = record
-        self._client = _kazoo_client(self._config, self._servers, session)
-        connection = self._client._connection
-        connect = connection._connect
+        self._hosts.mine = record
+        client = self._client = _kazoo_client(self._config, session)
+        connect = client._connection._connect
 
-        def negotiated(*args: Any) -> Any:  # kazoo has no public word for what the server granted
+        def negotiated(*args: Any) -> Any:  # kazoo has no public word for what was granted; it reads for 2/3 of that
             timeouts = connect(*args)
-            self._post(self._granted, timeouts[0] * 1.5 / 1000)
+            self._post(self._granted, timeouts[0] / 1000 * 3 / 2)
             return timeouts
 
-        connection._connect = negotiated
-        # A server that accepts and says nothing, as one that starts may: kazoo would wait for a whole session.
-        invoke, limit = connection._invoke, _patience(self._config)
-        connection._invoke = lambda timeout, *args, **more: invoke(min(timeout, limit), *args, **more)
-        self._client.add_listener(lambda state: self._post(self._on_state, str(state), self._client.client_id))
-        self._client.start_async()
+        def listener(state: str) -> None:
+            own = client.client_id if state == "CONNECTED" else None
+            self._post(self._on_state, own, client.client_state == "EXPIRED_SESSION")
+
+        client._connection._connect = negotiated
+        client.add_listener(listener)
+        client.start_async()
+
+    def stop(self, wait: float) -> None:
+        """End the session (its nodes go at once), waiting at most so many seconds for the answer."""
+        if client := self._client:
+            thread = threading.Thread(target=lambda: (client.stop(), client.close()), daemon=True)
+            thread.start()
+            thread.join(wait)
+
+    def tick(self, now: float) -> None:
+        """Keep the lease clock wound, and give up what does not answer; kazoo would wait for 2/3 of the session."""
+        if now < self.due:
+            return
+        part = self.timeout / self.PARTS
+        self.due = now + part / 2
+        if not self._client._connection._connection_routine.is_alive():
+            log.error("ZooKeeper: the client's thread has died: starting another one")
+            self.stop(0.0)  # nothing that it says reaches the server any more: the session goes on
+            self.start(self.session, self._hosts.mine)
+            self.due = now + TICK
+        elif now - self._oldest() > part:
+            log.warning("ZooKeeper's server does not answer: trying another one")
+            self._out.clear()
+            with contextlib.suppress(OSError, AttributeError):
+                self._client._connection._socket.shutdown(socket.SHUT_RDWR)
+        elif self.age(now) >= part:
+            self.ask()
+        if not self._connected and self.age(now) > self.timeout:
+            self._client.last_zxid = 0  # else an ensemble that lost its data would turn us away for ever
+        for place in tuple(self._places.values()):
+            self._next(place)
+
+    def ask(self) -> None:
+        """Have the leader prove that it is there, unless it has yet to answer."""
+        if "sync" not in {call for _, call in self._out.values()}:
+            self._ask(None, "sync", self._hosts.path)
+
+    def distrust(self, address: str = "") -> None:
+        """What ZooKeeper said may be old: ask the leader, and list the queue (or all) again."""
+        self._ask(None, "sync", self._hosts.path)  # answered before the listings are
+        for place in [self._places[address]] if address else tuple(self._places.values()):
+            place.stale, place.listed = True, place.listed if address else -math.inf
+            self._next(place)
+
+    def _oldest(self) -> float:
+        """When the oldest request was sent that has no answer; inf: there is none."""
+        return next((sent for sent, _ in self._out.values()), math.inf)
 
     def _granted(self, timeout: float) -> None:
         if timeout != self.timeout:
             log.info("ZooKeeper grants a session timeout of %.1f s, not %.1f s", timeout, self.timeout)
         self.timeout = timeout
-        if self._config.at_most_one and timeout < 2:
-            self._complain(f"ZooKeeper grants {timeout:.1f} s; at-most-one needs 2 s: raise maxSessionTimeout")
+        short = f"ZooKeeper grants {timeout:.1f} s; at-most-one needs 2 s: raise maxSessionTimeout"
+        self._refuse("timeout", short if self._config.at_most_one and timeout < 2 else "")
 
-    def _on_state(self, state: str, client_id: tuple[int, bytes] | None) -> None:
-        self._pinging, self.syncing_since = False, None
-        for queue_ in self._queues.values():
-            queue_.joining = queue_.created = queue_.settling = False
-        self.connected = state == "CONNECTED" and client_id is not None
-        if not self.connected:
-            log.warning("ZooKeeper: %s", "the session has ended" if state == "LOST" else "out of reach")
-            if state == "LOST":
-                self._forget_session()
-        elif client_id is not None:
-            self._attach(client_id)
-        self._changed("")
-
-    def _forget_session(self) -> None:
-        self.session = None
-        for queue_ in self._queues.values():
-            queue_.shown, queue_.known = None, {}
-
-    def _attach(self, client_id: tuple[int, bytes]) -> None:
-        again = self.session is not None and self.session[0] == client_id[0]
-        if not again:
-            self._forget_session()
-        log.info("ZooKeeper: connected, session 0x%x%s", client_id[0] & (1 << 64) - 1, " again" if again else "")
-        self.session = client_id
-        for queue_ in self._queues.values() if not self._config.at_most_one else ():
-            queue_.shown = None  # while we were away somebody may have taken a lock of ours
-        self.publish(self._record)
-        for address in self._queues:
-            self._list(address)
-
-    def _ask(self, then: Callable[[Any], None], call: str, *args: Any, **more: Any) -> None:
-        """Call kazoo's `<call>_async`; `then` gets the value, or the exception of an answer that says no."""
-        if self.connected:
-            self._link(then, getattr(self._client, call + "_async")(*args, **more))
-
-    def _link(self, then: Callable[[Any], None], result: Any) -> None:
-        sent, session = self._clock(), self.session
-        result.rawlink(lambda r: self._post(self._answered, sent, session, then, r.exception or r.value))
-
-    def _answered(self, sent: float, session: Any, then: Callable[[Any], None], answer: Any) -> None:
-        if isinstance(answer, Exception) and type(answer).__name__ in _NO_ANSWER:
-            return
-        if session == self.session:
-            self.confirmed_at = max(self.confirmed_at, sent)
-            if isinstance(answer, Exception) and type(answer).__name__ not in _ORDINARY:
-                self._complain(f"ZooKeeper refuses: {type(answer).__name__} {answer}".strip())
-            then(answer)
-
-    def _complain(self, text: str) -> None:
-        level = logging.DEBUG if text in self._said else logging.ERROR
-        self._said.add(text)
-        log.log(level, "%s", text)
-
-    def _path(self, address: str, node: str = "") -> str:
-        return f"{self._root}/ips/{address}" + (f"/{node}" if node else "")
-
-    def queue(self, address: str) -> tuple[Contender, ...] | None:
-        """The contenders, first the holder; None before the first answer in this session."""
-        queue_ = self._queues.get(address)
-        return queue_.shown if queue_ else None
-
-    def watch(self, address: str) -> None:
-        """Begin to follow the queue of an address: one child watch, set again with each listing."""
-        queue_ = self._queues.get(address)
-        if queue_ is None or queue_.leaving:
-            queue_ = self._queues.setdefault(address, _Queue(watch=lambda event: self._post(self._list, address)))
-            queue_.leaving = False
-            self._list(address)
-
-    def _list(self, address: str) -> None:
-        if queue_ := self._queues.get(address):
-            self._ask(lambda a: self._listed(address, a), "get_children", self._path(address), watch=queue_.watch)
-
-    def _listed(self, address: str, answer: Any) -> None:
-        def made(answer: Any) -> None:
-            (self._listed if isinstance(answer, Exception) else lambda *_: self._list(address))(address, answer)
-
-        queue_ = self._queues.get(address)
-        if queue_ is None:
-            return
-        if isinstance(answer, Exception):
-            if type(answer).__name__ == "NoNodeError" and queue_.leaving:
-                self._queues.pop(address)
-            elif type(answer).__name__ == "NoNodeError":
-                self._ask(made, "ensure_path", self._path(address))
-            else:
-                queue_.refused_at = self._clock()
-            return
-        children = sorted((c for c in answer if NODE.match(c)), key=lambda c: int(c[-10:]))
-        queue_.known = {child: queue_.known[child] for child in children if child in queue_.known}
-        queue_.children = children
-        queue_.settling, queue_.created = queue_.settling or queue_.created, False
-        for child in children:
-            owner = self._owners.get(NODE.match(child)[1])  # type: ignore[index]
-            if owner and child not in queue_.known:
-                queue_.known[child] = Contender(child, *owner)
-            elif child not in queue_.known:
-                self._ask(lambda a, c=child: self._got(address, c, a), "get", self._path(address, child))  # type: ignore[misc]
-        self._show(address, queue_)
-
-    def _got(self, address: str, child: str, answer: Any) -> None:
-        queue_ = self._queues.get(address)
-        if queue_ is None or child not in queue_.children:
-            return
-        if type(answer).__name__ == "NoNodeError":
-            queue_.children.remove(child)
-        elif isinstance(answer, Exception):  # it may not be read; it has its place all the same
-            queue_.known[child] = Contender(child, UNKNOWN_HOST, 0)
+    def _on_state(self, session: tuple[int, bytes] | None, expired: bool) -> None:
+        self._connected, again = session is not None, session is not None and self._own == _number(session[0])
+        self.session = None if expired else session or self.session
+        self._out.clear()
+        self._later.clear()
+        for place in self._places.values():
+            place.busy, place.stale = False, True
+            if expired or (session and not again):
+                place.queue = ()
+            if session and not (again and self._config.at_most_one):
+                place.listed = -math.inf  # while we were away somebody may have taken a lock of ours
+        if session:
+            log.info("ZooKeeper: connected, session 0x%016x%s", self._own, " again" if again else "")
+            self._hosts.owners[self._own] = self._config.hostname
+            self.ask()
+            for place in tuple(self._places.values()):
+                self._next(place)  # not by an earlier tick(), which would make one client after the other
         else:
-            data, stat = answer
-            queue_.known[child] = Contender(child, (data or b"").decode(errors="replace"), stat.ephemeralOwner)
-        self._show(address, queue_)
+            log.warning("ZooKeeper: %s", "the session has ended" if expired else "out of reach")
+        self._news("")
 
-    def _show(self, address: str, queue_: _Queue) -> None:
-        queue_.complete()
-        if queue_.leaving and queue_.shown is not None and not queue_.joining:
-            if self._mine(address):
-                self.leave(address)  # its end is seen by the watch
-            else:
-                self._queues.pop(address)
-                self._ask(lambda answer: None, "delete", self._path(address))
+    @property
+    def _own(self) -> int:
+        return _number(self.session[0]) if self.session else -1
+
+    # -- requests
+
+    def _ask(self, place: _Place | None, call: str, *args: Any, then: Any = None, **more: Any) -> None:
+        """Call kazoo's `<call>_async`; `then` gets the value, or the exception that says no, and when it was asked."""
+        if place:
+            place.busy = True
+        if not self._connected or not self._client.connected:
+            return  # else kazoo would keep it, and send it when it is connected again: too late to be true
+        if len(self._out) >= self.WINDOW:
+            first = place in (None, self._hosts) or place.want is Want.FIRST
+            send = functools.partial(self._ask, place, call, *args, then=then, **more)
+            return (self._later.appendleft if first else self._later.append)(send)
+        ticket = object()
+        self._out[ticket] = (self._now(), call)
+        if call == "multi":  # in one step: check that our node exists, delete exactly these nodes
+            transaction, (mine, ahead) = self._client.transaction(), args
+            transaction.check(mine, -1)
+            for node in ahead:
+                transaction.delete(node)
+            result = transaction.commit_async()
+        else:
+            result = getattr(self._client, call + "_async")(*args, **more)
+        result.rawlink(lambda r: self._post(self._answered, ticket, place, then, r.exception or r.value))
+
+    def _answered(self, ticket: object, place: _Place | None, then: Any, answer: Any) -> None:
+        name = type(answer).__name__ if isinstance(answer, Exception) else ""
+        sent, call = self._out.pop(ticket, (0.0, ""))
+        if not call or name in _NO_ANSWER:  # or of an earlier connection
             return
-        twice = self._mine(address)[1:]  # the answer to our first create was lost
-        for contender in queue_.shown or ():
-            if contender.session in self._dead or contender in twice:
-                self._delete(address, contender.node)
-        self._changed(address)
+        if refused := name not in ("", *_ORDINARY):
+            self._refuse("call", f"ZooKeeper refuses: {name} {answer}".strip())
+        elif call == "get_children":
+            self._refuse("call", "")
+        elif call != "get":
+            self._confirmed = max(self._confirmed, sent)  # the leader has spoken
+        if place:
+            place.busy = False
+            if refused:  # nothing is known; again later
+                place.stale, place.not_before, place.refused = True, self._now() + TICK, min(place.refused, sent)
+            elif then:
+                then(place, answer, sent)
+            else:  # what counts is the listing after a write, whatever the answer
+                place.stale = True
+            self._next(place)
+        while self._later and len(self._out) < self.WINDOW:
+            self._later.popleft()()
 
-    def _mine(self, address: str) -> list[Contender]:
-        owner = self.session[0] if self.session else None
-        return [c for c in self.queue(address) or () if c.session == owner]
+    def _refuse(self, what: str, why: str) -> None:
+        if why and why != self._wrong.get(what):
+            log.error("%s", why)
+        self._wrong[what] = why
 
-    def join(self, address: str) -> None:
-        """Put a node at the end of the queue, unless one is there or on its way.
-
-        What counts is the listing after the create, also if its answer is lost.
-        """
-        queue_ = self._queues.get(address)
-        if queue_ is None or queue_.joining or not self.connected or self._mine(address):
-            return
-        if self._clock() - queue_.refused_at < REFUSED:
-            return
-        queue_.joining = True
-
-        def then(answer: Any) -> None:
-            if isinstance(answer, Exception) and type(answer).__name__ not in _ORDINARY:
-                queue_.refused_at = self._clock()
-            queue_.created = True
-            self._list(address)
-
-        node = self._path(address, f"{_hex(self.session[0] if self.session else 0)}{uuid.uuid4().hex[16:]}__lock__")
-        self._ask(then, "create", node, self._config.hostname.encode(), ephemeral=True, sequence=True, makepath=True)
-
-    def leave(self, address: str) -> None:
-        """Delete our node."""
-        for contender in self._mine(address):
-            self._delete(address, contender.node)
-
-    def _delete(self, address: str, node: str) -> None:
-        self._ask(lambda answer: self._gone(address, [node]), "delete", self._path(address, node))
-
-    def _gone(self, address: str, nodes: Sequence[str]) -> None:
-        queue_ = self._queues.get(address)
-        if queue_ and queue_.shown:
-            queue_.children = [child for child in queue_.children if child not in nodes]
-            queue_.shown = tuple(contender for contender in queue_.shown if contender.node not in nodes)
-            self._changed(address)
-
-    def take(self, address: str, mine: Contender, ahead: Sequence[Contender]) -> None:
-        """In one transaction (ZooKeeper `multi`): check that our node exists, delete exactly these nodes."""
-        if not self.connected:
-            return
-        transaction = self._client.transaction()
-        transaction.check(self._path(address, mine.node), -1)
-        for contender in ahead:
-            transaction.delete(self._path(address, contender.node))
-
-        def then(answers: Any) -> None:
-            if isinstance(answers, list) and not any(isinstance(a, Exception) for a in answers):
-                self._gone(address, [contender.node for contender in ahead])
-            else:
-                self._list(address)
-
-        self._link(then, transaction.commit_async())
-
-    def forget(self, address: str) -> None:
-        """Leave the queue and stop following it; the lock's directory goes with its last contender."""
-        self.watch(address)
-        self._queues[address].leaving = True  # until a listing shows that our node is gone, also after an outage
-        self.leave(address)
-        self._list(address)
+    # -- one directory
 
     def publish(self, record: Record) -> None:
-        """Tell the other hosts about this one: an ephemeral node per host.
+        """Tell the other hosts about this one."""
+        self._hosts.mine = record
+        self._next(self._hosts)
 
-        One left by an earlier process of this host is replaced, and its locks with it.
-        """
-        self._record = record
-        path, data = f"{self._root}/hosts/{self._config.hostname}", record.to_bytes()
+    def want(self, address: str, want: Want) -> None:
+        """The place that we want in the queue of an address; following it begins with the first call."""
+        if (place := self._places.get(address)) is None:
+            watch = functools.partial(self._post, self._fired, address)
+            place = self._places[address] = _Place(address, f"{self._config.ensemble[1]}/ips/{address}", watch)
+        place.want, place.heeded = want, True
+        self._next(place)
 
-        def created(answer: Any) -> None:
-            if type(answer).__name__ == "NodeExistsError":
-                self._ask(found, "get", path)
-            else:
-                self._list_hosts()  # not before: a watch needs a directory
+    def view(self, address: str, now: float, since: float) -> LockView:
+        """The lock by our own lease clock; to be ours it must have been confirmed after `since`."""
+        place, late = self._places[address], self._oldest() + ANSWER
+        at = next((n for n, c in enumerate(place.queue) if c.session == self._own), -1)
+        known, lock = place.listed > -math.inf, Lock.OTHER if place.queue else Lock.NOBODY
+        if max(self.age(now), now - place.refused) > self.timeout:
+            lock = Lock.UNKNOWN
+        elif at == 0:
+            sure = known and min(self._confirmed, place.listed) >= since
+            lock = Lock.MINE if sure else Lock.WAITING
+        elif not known or not self._connected or now > late:
+            lock = Lock.WAITING
+        until = min((t for t in (self._confirmed + self.timeout, late) if t > now), default=math.inf)
+        return LockView(lock, place.queue, at, until)
 
-        def found(answer: Any) -> None:
-            if isinstance(answer, Exception):
-                return
-            owner, theirs = answer[1].ephemeralOwner, Record.parse(answer[0])
-            if self.session and owner == self.session[0]:
-                self._ask(self._list_hosts, "set", path, data)
-            elif theirs.mac == record.mac and (theirs.mac or theirs.boot == record.boot):
-                self._dead.add(owner)
-                self._ask(lambda a: self.publish(self._record), "delete", path)
-                for address in self._queues:
-                    self._list(address)
-            else:
-                self._complain(f"another host calls itself {self._config.hostname}; give each its own hostname")
+    def _fired(self, address: str, _: Any) -> None:
+        if place := self._places.get(address):
+            place.stale = True
+            self._next(place)
 
-        self._ask(created, "create", path, data, ephemeral=True, makepath=True)
+    def _next(self, place: _Place) -> None:
+        """The one thing to ask for this directory now; every answer ends here again."""
+        if place.busy or not self._connected or self._now() < place.not_before:
+            return
+        path, queue = place.path, place.queue
+        mine = [c.node for c in queue if c.session == self._own]
+        stands = place.want in (Want.IN, Want.FIRST)
+        ahead = queue[: next((n for n, c in enumerate(queue) if c.node in mine), 0)]
+        out = mine[1:] if stands else mine  # twice: the answer to a create was lost
+        out += [c.node for c in ahead if c.session == self._hosts.dead != 0]  # behind ours it would be alive
+        if place.stale:
+            place.stale = False  # not when it is answered: kazoo may tell of a watch before of the listing that set it
+            self._ask(place, "get_children", path, then=self._listed, watch=place.watch)
+        elif isinstance(place, _Hosts):
+            self._next_record(place)
+        elif not place.heeded and place.want is not Want.GONE:
+            pass  # who decides is told of the listing, and answers by want()
+        elif out:
+            place.listed = -math.inf  # a lock that is being given back is ours no more
+            self._ask(place, "delete", f"{path}/{out[0]}")
+        elif place.want is Want.GONE:
+            del self._places[place.address]
+            self._ask(None, "delete", path)  # with the last contender; else it is not empty
+        elif stands and not mine:
+            node, data = f"{path}/{self._own:016x}0{uuid.uuid4().hex[17:]}__lock__", self._config.hostname.encode()
+            self._ask(place, "create", node, data, ephemeral=True, sequence=True, makepath=True)
+        elif place.want is Want.FIRST and ahead:
+            self._ask(place, "multi", f"{path}/{mine[0]}", [f"{path}/{c.node}" for c in ahead])
 
-    def _list_hosts(self, _: Any = None) -> None:
-        def listed(answer: Any) -> None:
-            if isinstance(answer, Exception):
-                return
-            self._owners = {owner: who for owner, who in self._owners.items() if who[0] in answer}
-            for gone in set(self.records) - set(answer):
-                del self.records[gone]
-            for host in answer:
-                path = f"{self._root}/hosts/{host}"
-                self._ask(lambda a, h=host: got(h, a), "get", path, watch=self._poke_hosts)  # type: ignore[misc]
+    def _next_record(self, hosts: _Hosts) -> None:
+        name, data = self._config.hostname, json.dumps(hosts.mine._asdict()).encode()
+        if hosts.owner == -1:
+            self._ask(hosts, "create", f"{hosts.path}/{name}", data, ephemeral=True)
+        elif hosts.owner == hosts.dead:
+            self._ask(hosts, "delete", f"{hosts.path}/{name}")
+        elif hosts.owner == self._own and hosts.records[name] != Record.parse(data):
+            hosts.owner = None  # once
+            self._ask(hosts, "set", f"{hosts.path}/{name}", data)
 
-        def got(host: str, answer: Any) -> None:
-            if not isinstance(answer, Exception):
-                self.records[host] = Record.parse(answer[0])
-                self._owners[_hex(answer[1].ephemeralOwner)] = (host, answer[1].ephemeralOwner)
-            self._changed("")
+    def _listed(self, place: _Place, answer: Any, sent: float) -> None:
+        if place.stale and place.listed == -math.inf:
+            return  # doubted since it was asked for
+        if isinstance(answer, Exception) and place.want is not Want.GONE:  # a watch needs a directory
+            return self._ask(place, "create", place.path, makepath=True)
+        children = [] if isinstance(answer, Exception) else answer
+        place.listed, place.refused = sent, math.inf
+        if place is not self._hosts:
+            place.queue, place.heeded = self._queue(children), False
+            return self._news(place.address)
+        hosts, kept = self._hosts, {c.session for each in self._places.values() for c in each.queue}
+        kept |= {self._own, hosts.dead}
+        hosts.owners = {session: host for session, host in hosts.owners.items() if session in kept}
+        hosts.records = {host: record for host, record in hosts.records.items() if host in children}
+        hosts.owner = None if self._config.hostname in children else -1
+        for host in children:
+            read = functools.partial(self._read, host)
+            self._ask(hosts, "get", f"{hosts.path}/{host}", then=read, watch=hosts.watch)
 
-        self._ask(listed, "get_children", f"{self._root}/hosts", watch=self._poke_hosts)
+    def _queue(self, nodes: Iterable[str]) -> tuple[Contender, ...]:
+        """Whose nodes they are, in their order."""
+        queue, owners = [], self._hosts.owners
+        for found in sorted(filter(None, map(NODE.match, nodes)), key=lambda found: found[3]):
+            session = int(found[1] or "0", 16)
+            ours = session in owners or found[2] == "0"
+            queue.append(Contender(found[0], session * ours, owners.get(session, "?") if ours else "another program"))
+        return tuple(queue)
 
-    def _poke_hosts(self, event: Any) -> None:
-        self._post(self._list_hosts)
-
-    def retry(self) -> None:
-        """Ask again for the queues that ZooKeeper has not shown, also after a refusal; to be called now and then."""
-        for address, queue_ in self._queues.items():
-            if queue_.shown is None and self._clock() - queue_.refused_at >= REFUSED:
-                self._list(address)
-
-    def ping(self) -> None:
-        """Have the session confirmed, one request at a time; finding our record gone publishes it again."""
-
-        def then(stat: Any) -> None:
-            again, self._pinging, self._ping_again = self._ping_again, False, False
-            if again:  # who asked meanwhile wants an answer to a request sent since then
-                self.ping()
-            if stat is None:
-                self.publish(self._record)
-
-        if not self.connected and self._clock() - self.confirmed_at > self.timeout:
-            self._client.last_zxid = 0  # else an ensemble that lost its data would turn us away for ever
-        self._ping_again = self._pinging
-        if self.connected and not self._pinging:
-            self._pinging = True
-            self._ask(then, "exists", f"{self._root}/hosts/{self._config.hostname}")
-
-    def sync(self) -> None:
-        """Ask the leader whether it is there: a read is answered by any server, also by one whose leader is gone."""
-        if self.connected and self.syncing_since is None:
-            self.syncing_since = self._clock()
-
-            def then(answer: Any) -> None:
-                self.syncing_since = None
-
-            self._ask(then, "sync", f"{self._root}/hosts")
-
-    def drop(self) -> None:
-        """Give up a connection that does not answer; kazoo itself would wait for two thirds of the session."""
-        connection = getattr(self._client.handler, "connection", None)
-        if connection is not None:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-
-    def stop(self, wait: float) -> None:
-        """End the session (its nodes go at once), waiting at most so many seconds for the answer."""
-        if self._client is not None:
-            thread = threading.Thread(target=self._client.stop, daemon=True)
-            thread.start()
-            thread.join(wait)
-
-
-def _hex(session: int) -> str:
-    return f"{session & (1 << 64) - 1:016x}"
-
-
-REFUSED = 0.9  # seconds before a request that ZooKeeper refused is made again
-_ORDINARY = ("NoNodeError", "NodeExistsError", "NotEmptyError")  # somebody else was there first, or still is
-_NO_ANSWER = ("ConnectionLoss", "SessionExpiredError", "ConnectionClosedError", "AuthFailedError")
-
-
-def _patience(config: Config) -> float:
-    """Seconds for one server to take a connection, or to answer its first words, before the next one is tried."""
-    return max(0.5, config.session_timeout / 4)
+    def _read(self, host: str, hosts: _Hosts, answer: Any, _: float) -> None:
+        if isinstance(answer, Exception):
+            return  # it has just gone
+        record, owner = Record.parse(answer[0]), _number(answer[1].ephemeralOwner)
+        hosts.records[host], hosts.owners[owner] = record, host
+        if host == self._config.hostname:
+            hosts.owner = owner
+            # The same boot and card (or none was known yet): an earlier process of this host. Else a stranger, or this
+            # host before its reboot: a dead one's session ends by itself; a living one, as a restored copy of the
+            # machine, keeps the name.
+            macs = {record.mac, hosts.mine.mac} - {""}
+            if owner == self._own:
+                hosts.named = owner
+            elif record.boot == hosts.mine.boot and len(macs) < 2 and hosts.named != self._own:
+                hosts.dead = owner
+            taken = owner not in (self._own, hosts.dead)
+            other = "another host (give each its own `hostname`), or this one before a reboot"
+            self._refuse("name", f"the name {host} is taken in ZooKeeper by {other}" if taken else "")
+        for place in self._places.values():
+            place.queue = self._queue(c.node for c in place.queue)
+        self._news("")
 
 
-def _kazoo_client(config: Config, servers: str, session: tuple[int, bytes] | None) -> Any:
+def _number(session: int) -> int:
+    """Of a session or an ephemeral node's owner; kazoo reads it as signed."""
+    return session & (1 << 64) - 1
+
+
+def _kazoo_client(config: Config, session: tuple[int, bytes] | None) -> Any:
     """A client that tries the next server soon and never stops trying (kazoo's own limits: T per server, one hour)."""
     from kazoo.client import KazooClient
     from kazoo.handlers.threading import SequentialThreadingHandler
     from kazoo.retry import KazooRetry
     from kazoo.security import make_digest_acl
 
-    class Handler(SequentialThreadingHandler):  # type: ignore[misc]
-        """Connects with a deadline of its own: one black-holed server must not cost the session."""
+    patience = max(0.5, 2 * config.session_timeout / Referee.PARTS)
 
-        connection: Any = None  # the last one, for Coordinator.drop()
+    class Handler(SequentialThreadingHandler):  # type: ignore[misc]
+        """Waits less: a server that is black-holed, or takes a connection and is mute, must not cost the session."""
 
         def create_connection(self, *args: Any, **more: Any) -> Any:
-            more["timeout"] = min(more["timeout"], _patience(config))
-            self.connection = super().create_connection(*args, **more)
-            return self.connection
+            return super().create_connection(*args, **{**more, "timeout": min(more["timeout"], patience)})
+
+        def select(self, *args: Any) -> Any:
+            return super().select(*args[:3], min(args[3], patience))
 
     more: dict[str, Any] = {}
-    if config.zookeeper_auth:
-        user, _, password = config.zookeeper_auth.partition(":")
-        more["auth_data"] = [("digest", config.zookeeper_auth)]
-        more["default_acl"] = [make_digest_acl(user, password, all=True)]
+    if auth := config.zookeeper_auth:
+        user, _, password = auth.partition(":")
+        more.update(auth_data=[("digest", auth)], default_acl=[make_digest_acl(user, password, all=True)])
     if config.zookeeper_tls_ca:
         more.update(use_ssl=True, ca=config.zookeeper_tls_ca, check_hostname=True)
         more.update(certfile=config.zookeeper_tls_cert or None, keyfile=config.zookeeper_tls_key or None)
     retry = KazooRetry(max_tries=-1, delay=0.1, max_delay=0.5, max_jitter=0.3)
-    quiet = logging.getLogger("kazoo")
-    return KazooClient(
-        servers, config.session_timeout, session, Handler(), connection_retry=retry, logger=quiet, **more
-    )
+    more.update(handler=Handler(), connection_retry=retry, logger=logging.getLogger("kazoo"))
+    return KazooClient(config.ensemble[0], config.session_timeout, session, **more)
+
+
+################################################################################
+# Network: the only place that knows netlink and packet sockets
+################################################################################
+
+ETH_P_ARP, ETH_P_IPV6, SOL_PACKET = 0x0806, 0x86DD, 263
+IFF_UP, IFF_NOARP, IFF_LOWER_UP = 0x1, 0x80, 0x10000  # <linux/if.h>
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MASTER, IFLA_OPERSTATE, IFLA_LINKINFO, IFLA_EXT_MASK = 1, 3, 10, 16, 18, 29
+IFLA_INFO_SLAVE_KIND, RTEXT_FILTER_SKIP_STATS = 4, struct.pack("I", 8)
+IFA_ADDRESS, IFA_LOCAL, IFA_CACHEINFO, IFA_FLAGS, IFA_PROTO = 1, 2, 6, 8, 11  # <linux/if_addr.h>
+IFA_F_NODAD, IFA_F_NOPREFIXROUTE = 0x02, 0x200  # the same
+IFA_PROTO_LINK = b"\x4c"  # marks our addresses (Linux 5.18): never touch one that LinK did not add
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTM_F_FIB_MATCH, RTN_LOCAL = 1, 4, 5, 0x2000, 2  # <linux/rtnetlink.h>
+RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR, RTM_GETROUTE = 16, 17, 18, 20, 21, 22, 26
+NLM_F_REQUEST_ACK, NLM_F_DUMP_INTR, NLM_F_DUMP, NLM_F_REPLACE_CREATE = 0x5, 0x10, 0x300, 0x500  # <linux/netlink.h>
+NLMSG_ERROR, NLMSG_DONE = 2, 3  # either ends an answer
+GONE = (errno.ENODEV, errno.ENXIO)  # an interface is not there; any other error says nothing about it
+Attributes = dict[int, bytes]  # of a netlink message, by kind
+
+
+class Link(NamedTuple):
+    """The interface as it is now; number 0 where there is none. Troubles name the remedy."""
+
+    number: int = 0  # its index
+    mac: bytes = b""
+    up: bool = False  # administratively up, with carrier
+    arp: bool = False  # the wire can be asked at all
+    trouble: str = "the interface does not exist"
+    trouble4: str = ""  # concerns IPv4 addresses only
+    trouble6: str = ""  # concerns IPv6 addresses only
+
+
+class Netlink:
+    """Requests to rtnetlink(7), one at a time. Own code: pyroute2 takes ten times as long, and hides torn dumps."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 2, 0))  # never for ever
+
+    def ask(self, request: int, flags: int, head: bytes, more: Attributes | None = None) -> list[bytes]:
+        """The bodies of all answers; behind the request's `head` come its attributes.
+
+        Raises OSError, EAGAIN if a dump was torn (NLM_F_DUMP_INTR) five times.
+        """
+        body = head + b"".join(struct.pack(f"2H{len(v)}s0I", 4 + len(v), kind, v) for kind, v in (more or {}).items())
+        for _ in range(5):
+            self._number += 1
+            first = struct.pack("I2H2I", 16 + len(body), request, flags | NLM_F_REQUEST_ACK, self._number, 0)
+            self._socket.send(first + body)
+            answers, torn, last = list[bytes](), 0, 0
+            while last not in (NLMSG_ERROR, NLMSG_DONE):
+                for (kind, marks, number, _), answer in parts(self._socket.recv(1 << 16), "I2H2I"):
+                    if number == self._number:  # else it is late
+                        answers.append(answer)
+                        torn, last = torn | marks & NLM_F_DUMP_INTR, kind
+            if error := -struct.unpack_from("i", answers.pop())[0]:
+                raise OSError(error, "needs CAP_NET_ADMIN" if error == errno.EPERM else os.strerror(error))
+            if not torn:
+                return answers
+        raise OSError(errno.EAGAIN, "the kernel's list changes faster than it can be read")
+
+
+def parts(data: bytes, form: str, at: int = 0) -> Iterator[tuple[list[int], bytes]]:
+    """Head and body of each of the things that follow one another, their sizes first (netlink(7), rtnetlink(7))."""
+    head = struct.calcsize(form)
+    while at + head <= len(data):
+        size, *more = struct.unpack_from(form, data, at)
+        yield more, data[at + head : at + size]
+        at += max(head, size + 3 & ~3)
+
+
+def attributes(data: bytes, at: int = 0) -> Attributes:
+    """What stands behind the first `at` bytes."""
+    return {kind & 0x3FFF: value for (kind,), value in parts(data, "2H", at)}
+
+
+class Network:
+    """Addresses, link state and frames of one interface, for the loop's thread only.
+
+    rtnetlink(7) for addresses, AF_PACKET sockets for frames (packet(7)). A simulated one has the same methods.
+    """
+
+    def __init__(self, interface: str) -> None:
+        self.name, self.send_error = interface, ""  # as it is called now; why a frame could not be sent, the last time
+        self._interface, self._index = interface, 0
+        self._packets: dict[int, socket.socket] = {}  # by protocol
+        self._wanted: frozenset[str] | None = None  # whom hear_only() named
+        self._macs: set[bytes] = set()  # of this machine: another interface on the same LAN is no rival
+        self._netlink = Netlink()
+        self._hints = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
+        self._hints.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        self._hints.bind((0, 0x1 | 0x10 | 0x100))  # RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR
+
+    def sync(self, listen: bool = True) -> tuple[Link, dict[Address, bool], dict[int, str]]:
+        """The link, its addresses (True: LinK added it), and this host's own one per IP version (6: link-local).
+
+        Raises OSError where the kernel could not be asked: an error is not absence. The interface is followed by its
+        index while that lives (a new name makes no new interface), else looked up by name, so one made anew is found.
+        Without `listen` no packet socket is opened, and no capability needed.
+        """
+        found = self._netlink.ask(RTM_GETLINK, NLM_F_DUMP, bytes(16), {IFLA_EXT_MASK: RTEXT_FILTER_SKIP_STATS})
+        links = {i: (flags, attributes(body, 16)) for body in found for i, flags in [struct.unpack_from("iI", body, 4)]}
+        names = {index: more[IFLA_IFNAME].rstrip(b"\0").decode() for index, (_, more) in links.items()}
+        self._macs = {more.get(IFLA_ADDRESS, b"") for _, more in links.values()}
+        index = self._index if self._index in links else next((i for i in names if names[i] == self._interface), 0)
+        name = names.get(index, self._interface)
+        if 0 < index == self._index and name != self.name:
+            log.warning("%s is called %s now", self.name, name)
+        self.name = name
+        if index != self._index or (listen and not self._packets):
+            self._open(index, listen)
+        if not index:
+            return Link(), {}, {}
+        addresses = {ip: ours for at, ip, ours in self._bound() if at == index}
+        foreign = [ip for ip, ours in addresses.items() if not ours and (ip.version == 4 or ip.is_link_local)]
+        own: dict[int, str] = {ip.version: str(ip.ip) for ip in reversed(foreign)}  # the first counts
+        return self._link(*links[index], names, own), addresses, own
+
+    def _link(self, flags: int, more: Attributes, names: Mapping[int, str], own: Mapping[int, str]) -> Link:
+        name, mac, off = self.name, more.get(IFLA_ADDRESS, b""), _sysctl(f"ipv6/conf/{self.name}/disable_ipv6")
+        dormant = "is dormant (802.1X?)" if more.get(IFLA_OPERSTATE) == b"\5" else ""
+        why = "is down" if not flags & IFF_UP else "has no carrier" if not flags & IFF_LOWER_UP else dormant
+        trouble, four, six = why and f"{name} {why}", "", ""
+        master = names.get(int.from_bytes(more.get(IFLA_MASTER, b""), sys.byteorder))
+        kind = attributes(more.get(IFLA_LINKINFO, b"")).get(IFLA_INFO_SLAVE_KIND)
+        if master and kind != b"vrf\0":  # a port of a bridge, bond, team or OVS hands all frames to its master
+            use = "the bridge's internal port" if master == "ovs-system" else master
+            trouble = f"{name} is a port of {master}: use {use}"
+        ignore = max(_sysctl(f"ipv4/conf/{each}/arp_ignore") or "0" for each in ("all", name))  # the higher counts
+        if ignore == "8" or (ignore == "2" and 4 not in own):  # 2: only who is in a subnet of ours is answered (tried)
+            four = f"arp_ignore is {ignore}, no client is answered: set it to 1 for all and {name}"
+        if off != "0":
+            remedy = "set disable_ipv6 to 0" if off else "by ipv6.disable, or an MTU below 1280"
+            six = f"IPv6 is switched off on {name}: {remedy}"
+        arp = not trouble and not flags & IFF_NOARP and len(mac) == 6
+        return Link(self._index, mac, not why, arp, trouble, four, six)
+
+    def _bound(self) -> Iterator[tuple[int, Address, bool]]:
+        """Index, address, and whether it is tagged as ours, on all interfaces: filtered by index it is torn unseen."""
+        for body in self._netlink.ask(RTM_GETADDR, NLM_F_DUMP, bytes(8)):
+            (family, length, _, _, index), more = struct.unpack_from("4BI", body), attributes(body, 8)
+            if family in (socket.AF_INET, socket.AF_INET6):
+                bare, ours = more.get(IFA_LOCAL) or more[IFA_ADDRESS], more.get(IFA_PROTO) == IFA_PROTO_LINK
+                make = ipaddress.IPv4Interface if len(bare) == 4 else ipaddress.IPv6Interface
+                yield index, make((bare, length)), ours
+
+    def _open(self, index: int, listen: bool = True) -> None:
+        for sock in self._packets.values():
+            sock.close()
+        packets = dict[int, socket.socket]()
+        self._packets, self._index = {}, index
+        for protocol in (ETH_P_ARP, ETH_P_IPV6) if index and listen else ():
+            try:
+                sock = packets[protocol] = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
+            except PermissionError:
+                raise PermissionError(errno.EPERM, "needs CAP_NET_RAW for packet sockets") from None
+            with contextlib.suppress(PermissionError):  # refused inside a user namespace
+                sock.setsockopt(socket.SOL_SOCKET, 33, 1 << 23)  # SO_RCVBUFFORCE: a thousand IPs may answer at once
+            self._filter(protocol, sock)
+            if protocol == ETH_P_IPV6:
+                everyone = struct.pack("iHH8s", index, 2, 0, b"")  # struct packet_mreq, PACKET_MR_ALLMULTI
+                sock.setsockopt(SOL_PACKET, 1, everyone)  # PACKET_ADD_MEMBERSHIP
+            sock.bind((self.name, protocol))  # nothing is heard before
+        self._packets = packets
+
+    def hear_only(self, addresses: Collection[str]) -> None:
+        """Let the kernel drop frames about any other address: a flood of them then costs nothing here."""
+        if (wanted := frozenset(addresses)) != self._wanted:
+            self._wanted = wanted
+            for protocol, sock in self._packets.items():
+                self._filter(protocol, sock)
+
+    def _filter(self, protocol: int, sock: socket.socket) -> None:
+        for wanted in (self._wanted, None):  # all frames, if there is no room for more (net.core.optmem_max)
+            program = frame_filter(protocol, self._index, wanted)
+            code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
+            pointer = struct.pack("HxxxxxxP", len(program), ctypes.addressof(code))  # struct sock_fprog
+            with contextlib.suppress(OSError):
+                return sock.setsockopt(socket.SOL_SOCKET, 26, pointer)  # SO_ATTACH_FILTER
+
+    def ready(self, ip: Address) -> bool:
+        """Whether the kernel takes packets for it; for a new IPv6 address it does some milliseconds later."""
+        head = struct.pack("2B10x", socket.AF_INET if ip.version == 4 else socket.AF_INET6, ip.max_prefixlen)
+        more = {RTA_DST: ip.ip.packed, RTA_OIF: struct.pack("i", self._index)}
+        with contextlib.suppress(OSError):
+            return self._netlink.ask(RTM_GETROUTE, 0, head, more)[0][7] == RTN_LOCAL
+        return False
+
+    def add(self, ip: Address, lifetime: int = 0) -> None:
+        """Bind, or refresh the lifetime in seconds (0: for ever). Raises OSError.
+
+        RTM_NEWADDR with NLM_F_REPLACE: exact address and prefix, no prefix route, no duplicate address detection.
+        """
+        valid = lifetime or 0xFFFFFFFF
+        preferred = valid if ip.version == 4 else 0  # never a source of this host's own traffic (RFC 6724, rule 3)
+        flags = struct.pack("I", IFA_F_NOPREFIXROUTE | (IFA_F_NODAD if ip.version == 6 else 0))
+        times = struct.pack("4I", preferred, valid, 0, 0)
+        more = {IFA_FLAGS: flags, IFA_PROTO: IFA_PROTO_LINK, IFA_CACHEINFO: times}
+        self._ask(RTM_NEWADDR, ip, self._index, NLM_F_REPLACE_CREATE, more)
+
+    def remove(self, ip: Address) -> None:
+        """Unbind; no error where it is not there. Raises OSError."""
+        try:
+            self._ask(RTM_DELADDR, ip, self._index)
+        except OSError as error:
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.ENOENT, *GONE):
+                raise
+
+    def clear(self, addresses: Collection[Address]) -> None:
+        """Remove these addresses, where tagged as ours, from all *other* interfaces. Raises OSError."""
+        for index, ip, ours in self._bound():
+            if ours and ip in addresses and index != self._index:
+                self._ask(RTM_DELADDR, ip, index)
+
+    def _ask(self, kind: int, ip: Address, index: int, flags: int = 0, more: Attributes | None = None) -> list[bytes]:
+        """With the prefix length: without it the kernel takes the first match, maybe not ours."""
+        family, bare = socket.AF_INET if ip.version == 4 else socket.AF_INET6, ip.ip.packed
+        head = struct.pack("4BI", family, ip.network.prefixlen, 0, 0, index)
+        return self._netlink.ask(kind, flags, head, {IFA_LOCAL: bare, IFA_ADDRESS: bare, **(more or {})})
+
+    def send(self, frames: Iterable[bytes]) -> None:
+        """Never raises; news are logged (ENOBUFS: a full queue, or an egress filter)."""
+        for frame in frames if self._packets else ():
+            try:
+                self._packets[ETH_P_IPV6 if frame[12:14] == b"\x86\xdd" else ETH_P_ARP].send(frame)
+            except OSError as error:
+                why = f"cannot send on {self.name}: {error.strerror}"
+                if error.errno not in (errno.ENETDOWN, *GONE) and why != self.send_error:  # sync() reports those
+                    self.send_error = why
+                    log.warning(why)
+
+    def receive(self, limit: int = 512) -> tuple[list[Heard], bool]:
+        """What the wire brought since the last call, at most `limit` frames of a family; whether there may be more."""
+        heard, more = list[Heard](), False
+        for sock in self._packets.values():
+            with contextlib.suppress(OSError):
+                for _ in range(limit):
+                    frame = read_frame(sock.recv(128))
+                    if frame and frame.mac not in self._macs:
+                        heard.append(frame)
+                more = True
+        return heard, more
+
+    def changed(self) -> bool:
+        """Whether the kernel reported a change of our link or its addresses: a hint; so is an overrun (ENOBUFS)."""
+        seen = False
+        try:
+            for _ in range(1000):
+                for (kind, *_), body in parts(self._hints.recv(1 << 16), "I2H2I"):
+                    family, index = struct.unpack_from("B3xi", body)
+                    seen |= index == self._index or not self._index  # while there is none, any may be ours
+                    if kind == RTM_NEWLINK and not family:  # sync() forgets the MACs that are gone
+                        self._macs.add(attributes(body, 16).get(IFLA_ADDRESS, b""))
+                    elif kind == RTM_DELLINK and not family and index == self._index:
+                        self._open(0)  # its number may be given anew: the sockets hear what is gone
+        except OSError as error:
+            return seen or error.errno != errno.EAGAIN
+        return True
+
+    def gateways(self) -> list[str]:
+        """The default gateways reached through the interface, one per IP version, without reading all routes."""
+        found, oif = [], struct.pack("i", self._index)
+        for family, nowhere in ((socket.AF_INET, "240.0.0.1"), (socket.AF_INET6, "4000::1")):  # by no other route
+            address = socket.inet_pton(family, nowhere)
+            head = struct.pack("2B6xI", family, 8 * len(address), RTM_F_FIB_MATCH)
+            with contextlib.suppress(OSError):
+                route = attributes(self._netlink.ask(RTM_GETROUTE, 0, head, {RTA_DST: address, RTA_OIF: oif})[0], 12)
+                if RTA_GATEWAY in route and route.get(RTA_OIF) == oif:
+                    found.append(socket.inet_ntop(family, route[RTA_GATEWAY]))
+        return found
+
+    def files(self) -> list[int]:
+        """Descriptors that become readable when receive() or changed() has news."""
+        return [sock.fileno() for sock in [*self._packets.values(), self._hints]]
+
+
+def _sysctl(name: str) -> str:
+    """A setting below /proc/sys/net; empty where there is none."""
+    with contextlib.suppress(OSError), open(f"/proc/sys/net/{name}", encoding="ascii") as file:
+        return file.read().strip()
+    return ""
+
+
+def frame_filter(protocol: int, index: int, addresses: Collection[str] | None) -> list[tuple[int, int, int, int]]:
+    """Classic BPF: ARP or neighbour discovery (hop limit 255) about these addresses; None lets all through.
+
+    A line is load, jump if equal, mask, jump or return (kernel: Documentation/networking/filter.rst). Another VLAN's
+    frame is PACKET_OTHERHOST, or has its own interface's index (net/core/dev.c; its tag is gone by now). Compared are
+    the last 32 bits without the first (a number above 2**31 takes the kernel twice the room); no jump goes beyond 255.
+    """
+    accept, drop = (0x06, 0, 0, 0x40000), (0x06, 0, 0, 0)
+    program = [(0x20, 0, 0, 0xFFFFF008), (0x15, 1, 0, index), drop]  # SKF_AD_IFINDEX
+    program += [(0x20, 0, 0, 0xFFFFF004), (0x15, 0, 1, 3), drop]  # SKF_AD_PKTTYPE: not PACKET_OTHERHOST
+    if protocol == ETH_P_ARP:  # the sender's address or, where that is 0.0.0.0, the target's
+        program += [(0x20, 0, 0, 28), (0x15, 0, 1, 0), (0x20, 0, 0, 38)]
+    else:  # ICMPv6 that no router has forwarded; the target's last word
+        program += [(0x28, 0, 0, 20), (0x15, 1, 0, 0x3AFF), drop, (0x20, 0, 0, 74)]
+    if addresses is None:
+        return [*program, accept]
+    family, ours = (socket.AF_INET6, True) if protocol == ETH_P_IPV6 else (socket.AF_INET, False)
+    last = [socket.inet_pton(family, each)[-4:] for each in addresses if (":" in each) is ours]
+    keys = [int.from_bytes(word, "big") & 0x7FFFFFFF for word in last]
+    program.append((0x54, 0, 0, 0x7FFFFFFF))
+    for group in (keys[start : start + 250] for start in range(0, len(keys), 250)):
+        program += [(0x15, len(group) - i, 0, key) for i, key in enumerate(group)]
+        program += [(0x05, 0, 0, 1), accept]  # none of them: over the one line, on to the next group
+    return [*program, drop]
+
+
+################################################################################
+# Checks: whether the service behind an IP is there
+################################################################################
+
+
+def run_check(check: HealthCheck, timeout: float) -> str:
+    """'' if healthy, else why not: TCP must connect, HTTP answer GET by 2xx or 3xx. Runs in the pool's threads."""
+    end, got = time.monotonic() + timeout, b""
+    try:
+        with socket.create_connection((check.host, check.port), timeout) as sock:
+            if check.type == "TCP":
+                return ""
+            host = f"[{check.host}]" if ":" in check.host else check.host
+            fields = f"Host: {host}:{check.port}\r\nUser-Agent: LinK/{VERSION}\r\nConnection: close\r\n\r\n"
+            sock.sendall(f"GET {check.path} HTTP/1.1\r\n{fields}".encode())
+            more = b"."
+            while more and b"\n" not in got and len(got) < 4096:
+                sock.settimeout(max(0.001, end - time.monotonic()))  # for the whole answer, not for each byte of it
+                more = sock.recv(4096)
+                got += more
+        status = got.partition(b"\n")[0].strip().decode("latin-1")
+        why = "" if re.match(r"HTTP/1\.[01] [23]\d\d\b", status) else status or "no answer"
+    except (OSError, ValueError) as error:  # ValueError: a name that IDNA refuses
+        why = str(error) or type(error).__name__
+    return why and f"{check}: {why.encode('unicode_escape').decode()[:200]}"  # a service may say anything
+
+
+@dataclass(eq=False)
+class _Probe:
+    """The running record of one check."""
+
+    check: HealthCheck
+    ok: bool  # the verdict
+    row: int = 0  # so many passes in a row; below 0: failures
+    reason: str = "not checked yet"
+    next: float = -math.inf  # when it is to run again
+    out: bool = False  # it is in the pool's queue, or running
+    begun: bool = False  # set by the pool's thread
+    starved: bool = False  # late before it had begun
+
+
+class Checks:
+    """The health checks of one IP: results in a row make a verdict.
+
+    A run that is still out a timeout after the next one was due has failed. If it has not even begun (the pool hangs in
+    other IPs' checks) it says nothing of its service: the verdict stays, unsure, so this host keeps what it has and
+    stands for nothing more. Runs in the loop's thread; the checks themselves run in `pool`, and post.
+    """
+
+    SPREAD = 0.1  # of the interval: many checks that began together are not to stay together
+
+    def __init__(self, vip: VirtualIP, config: Config, run: Callable[[HealthCheck, float], str], ok: bool) -> None:
+        self._name, self._interval, self._config, self._run = str(vip.ip), vip.healthcheck_interval, config, run
+        self._probes = [_Probe(check, ok) for check in vip.checks]
+
+    @property
+    def trouble(self) -> str:
+        """'' or why the IP cannot be served here."""
+        return next((probe.reason for probe in self._probes if not probe.ok), "")
+
+    @property
+    def unsure(self) -> bool:
+        """Whether the last result of a check was a failure, or is too old."""
+        return any(probe.row < 0 or probe.starved for probe in self._probes)
+
+    @property
+    def judged(self) -> bool:
+        """Whether there is a verdict on each."""
+        return all(probe.ok or probe.row <= -self._config.health_check_fall for probe in self._probes)
+
+    def begin(self, now: float, pool: Executor, post: Callable[..., None]) -> float:
+        """Start what is due, say what is late; when it wants to be called again."""
+        timeout = self._config.health_check_timeout
+        for probe in self._probes:
+            late = timeout if probe.out else 0.0
+            if now < probe.next + late:
+                continue
+            probe.next = now + self._interval * random.uniform(1 - self.SPREAD, 1 + self.SPREAD) - late
+            if not probe.out:
+                probe.out, probe.begun = True, False
+                try:
+                    pool.submit(self._work, probe, post)
+                except RuntimeError:  # no thread can be started now
+                    probe.out, probe.next = False, now + TICK
+            elif probe.begun:
+                self._count(probe, f"{probe.check}: no result in time")
+            elif not probe.starved:
+                probe.starved = True
+                log.warning("vip=%s check cannot begin, too many others hang: %s", self._name, probe.check)
+        return min((probe.next + timeout * probe.out for probe in self._probes), default=math.inf)
+
+    def _work(self, probe: _Probe, post: Callable[..., None]) -> None:
+        probe.begun = True
+        post(self._ran, probe, self._run(probe.check, self._config.health_check_timeout))
+
+    def _ran(self, probe: _Probe, reason: str) -> None:
+        probe.out = probe.starved = False
+        self._count(probe, reason)
+
+    def _count(self, probe: _Probe, reason: str) -> None:
+        was, probe.row = probe.ok, min(probe.row, 0) - 1 if reason else max(probe.row, 0) + 1
+        probe.reason = reason or probe.reason
+        if probe.row <= -self._config.health_check_fall:
+            probe.ok = False
+        elif probe.row >= self._config.health_check_rise:
+            probe.ok, probe.reason = True, ""
+        if reason:
+            level = logging.WARNING if probe.row == -1 else logging.DEBUG
+            log.log(level, "vip=%s check failed: %s", self._name, reason)
+        elif probe.ok and not was:
+            log.info("vip=%s check passes: %s", self._name, probe.check)
+
+
+################################################################################
+# One IP: facts gathered, decisions carried out
+################################################################################
+
+ANNOUNCE_AT = (0.0, 0.1, 0.3, 1.0, 2.0, 5.0, 10.0)  # seconds: for lost frames, slow ports, ARP locktime, the last word
+REFRESH = 60.0  # seconds between later announcements
+QUIET = 30.0  # seconds for which nobody is accused after a take-over that was contested
+
+
+@dataclass(eq=False)
+class Order:
+    """What somebody waits for: answered in one place, when it is done, too late, or can never be."""
+
+    kind: str  # lock, failover, delete
+    future: Future[Any]
+    deadline: float
+
+
+@dataclass(eq=False)
+class _Moments:
+    """When what happened to an IP; None or -inf: it has not."""
+
+    bound: float = -math.inf  # or let go without a word of ZooKeeper
+    trusted: float = -math.inf  # we were last sure of it
+    leaving: float | None = None
+    empty: float | None = None  # the queue, while another host has the IP
+    quiet: float = -math.inf  # until then nobody is accused
+    given: tuple[bytes, float] = b"", -math.inf  # who told us to take it, and when
+    retry: float = -math.inf  # the next try to bind
+    announce: float = math.inf  # the next time; inf: not to be announced
+    rivalled: float = -math.inf  # another host had it at the same time
+    told: float = -math.inf  # of that, in the log
+
+
+class Vip:
+    """One virtual IP at run time; loop thread only. reconcile() does the difference of what is decided and what is."""
+
+    def __init__(self, agent: Agent, vip: VirtualIP, state: State, adopted: bool) -> None:
+        self.agent, self.vip, self.state = agent, vip, state
+        self.since, self.reason, self.intent = agent.clock.stamp(), "not checked yet", Intent.RUN
+        self.checks = Checks(vip, agent.config, agent.pool.check, ok=adopted and state is not State.FAILING)
+        self.at, self.orders = _Moments(), list[Order]()
+        self.seen = LockView()  # as of the last time
+        self.took = (0, "")  # the session that we declared dead, and its node
+        self.step = -1 if adopted else 0  # in ANNOUNCE_AT; -1: an earlier process has been through it
+        self.failed = (0, "")  # tries to bind, and why
+        self.gave = dict[bytes, float]()  # whom we told to take it, and when last
+        self.conflicts = (0, b"")  # how many, and the last one's MAC
+
+    def change(self, vip: VirtualIP) -> None:
+        """Other checks, and another id after a DELETE, which ends with this; nothing moves unless a check fails."""
+        self.checks = Checks(vip, self.agent.config, self.agent.pool.check, ok=not self.trouble(self.agent.loop.now))
+        self.vip = vip
+        if self.intent is Intent.DELETE:
+            self.intent = Intent.RUN
+            self.end(LinkError(404, "not found", resource="IP"))
+
+    # -- facts -------------------------------------------------------------------------------------
+
+    @property
+    def bound(self) -> bool:
+        """Whether the kernel has it, by our doing."""
+        return self.agent.kernel.addresses.get(self.vip.bound, False)
+
+    def trouble(self, now: float) -> str:
+        """'' or why this host cannot serve the IP."""
+        link = self.agent.kernel.link
+        if trouble := link.trouble or (link.trouble6 if self.vip.ip.version == 6 else link.trouble4):
+            return trouble
+        if self.vip.address in self.agent.kernel.foreign:
+            return "this host has the address for itself"
+        if self.failed[0] and now < self.at.retry:
+            return f"cannot bind: {self.failed[1]}"
+        return self.checks.trouble
+
+    def lock(self, now: float) -> LockView:
+        """What ZooKeeper says; who hears a rival, or has yielded to one, wants it confirmed anew."""
+        wire = self.agent.wire.view(self.vip.address, now)
+        since = now - wire.heard - wire.staying
+        rivalled = self.bound and self.intent is Intent.RUN and not self.agent.config.at_most_one
+        if not rivalled or wire.heard > TICK or since <= self.at.bound + TICK:  # then: who let go for us
+            since = -math.inf if self.bound else self.at.bound
+        return self.agent.referee.view(self.vip.address, now, since)
+
+    def facts(self, now: float, lock: LockView) -> Facts:
+        """Everything that decide() is told."""
+        a, at, bound, unknown = self.agent, self.at, self.bound, lock.lock is Lock.UNKNOWN
+        wire, link, given = a.wire.view(self.vip.address, now), a.kernel.link, now - at.given[1]
+        holder = lock.queue[0] if lock.queue else Contender("", 0, "?")
+        known = bool(holder.session) and holder.host in a.peers
+        foreign = bound and lock.lock is Lock.OTHER and not holder.session  # another program: nobody will answer
+        judged = known and not bound and lock.lock in (Lock.OTHER, Lock.WAITING)
+        accused = a.peers[holder.host].addresses if judged else None
+        before = sum(record.mac < link.mac.hex(":") for record in a.peers.values() if record.mac)
+        return Facts(
+            lock=lock.lock,
+            next=known and lock.place == 1 and now >= at.quiet and not a.config.at_most_one,
+            second=unknown and lock.place > 1,
+            successor=bool(a.wire.askers(now)) if unknown else len(lock.queue) > (lock.place >= 0),
+            heard=wire.heard,
+            staying=wire.staying,
+            slack=LINGER * (3 if self.vip.ip.version == 6 else 1),
+            alone=wire.alone,
+            met=wire.met,
+            lower=link.mac < wire.mac,
+            unanswered=wire.unanswered,
+            needed=a.config.probe_count,
+            blind=not link.arp or foreign,
+            deaf=min(a.wire.deaf(now, accused), wire.alone),  # who has it now has had no time yet to answer
+            empty=now - at.empty if at.empty is not None else 0.0,
+            bound=now - at.bound if bound else None,
+            trusted=at.trusted > a.loop.distrusted,
+            leaving=now - at.leaving if at.leaving is not None else None,
+            given=unknown and not bound and at.given[0] == wire.mac and given <= TICK and not self.checks.unsure,
+            taken=unknown and at.leaving is not None and wire.mac in self.gave,
+            healthy=not self.trouble(now),
+            unsure=self.checks.unsure,
+            rank=before if self.checks.judged else math.inf,
+            intent=self.intent,
+        )
+
+    # -- decisions carried out -----------------------------------------------------------------------
+
+    def reconcile(self, now: float) -> float:
+        """The one place from which anything is bound, unbound, joined or left; when it wants to be called again."""
+        due = self.checks.begin(now, self.agent.pool, self._post_result)
+        lock = self.lock(now)
+        self._note(lock, now)
+        facts = self.facts(now, lock)
+        decide_ = at_most_one if self.agent.config.at_most_one else decide
+        while (decision := decide_(self.state, facts)).event is not None:
+            self._enter(decision.event, decision.reason, now)
+        trouble = self.trouble(now) or ("" if facts.fit else self.agent.hears_nobody)
+        self.reason = f"{decision.reason} ({trouble})" if trouble else decision.reason
+        if self.bound and not decision.wanted and lock.lock is Lock.WAITING:
+            self.at.bound = now  # the lock that it had is worth nothing until it is confirmed
+        self._stand(decision, facts, lock, now)
+        self._apply(decision.wanted, now)
+        self._announce(decision, now)
+        self._note_conflict(facts, now)
+        self._finish(lock, now)
+        if self.agent.vips.get(self.vip.address) is self:
+            self.agent.wire.watch(self.vip.address, decision.look, self._holder_mac(lock))
+        return min(due, lock.until, self._due(facts, now))
+
+    def _post_result(self, function: Callable[..., Any], *args: Any) -> None:
+        self.agent.post(function, *args)
+        self.agent.post(self.agent.news, self.vip.address)
+
+    def _enter(self, event: Event, reason: str, now: float) -> None:
+        old, self.state = self.state, TRANSITIONS[self.state, event]
+        if self.state is not old:
+            trouble = self.trouble(now) or (self.agent.hears_nobody if event is Event.HEALTH_CHECK_FAIL else "")
+            self.since = self.agent.clock.stamp()
+            why = f"{reason}: {trouble}" if trouble else reason
+            log.info("vip=%s %s -> %s (%s: %s)", self.vip.ip, old.value, self.state.value, event.value, why)
+            self.agent.save_soon()
+
+    def _holder_mac(self, lock: LockView) -> bytes:
+        record = self.agent.peers.get(lock.queue[0].host) if lock.queue else None
+        return bytes.fromhex(record.mac.replace(":", "")) if record else b""
+
+    def _note(self, lock: LockView, now: float) -> None:
+        """What is new in the queue, and since when it is as it is."""
+        a, at, address, before, self.seen = self.agent, self.at, self.vip.address, self.seen, lock
+        old, new = ([c.node for n, c in enumerate(view.queue) if n != view.place] for view in (before, lock))
+        if lock.queue and lock.place != 0 and (before.place == 0 or new[:1] != old[:1]):
+            a.wire.term(address, self._holder_mac(lock), now)
+        if lock.lock is Lock.MINE and before.queue and not {*new} <= {*old}:
+            self.announce_anew(now)  # who joins may bring clients with stale caches
+        session, node = self.took
+        if session and any(c.session == session and c.node != node for c in lock.queue):
+            self.took, at.quiet = (0, ""), now + QUIET
+            log.warning("vip=%s who was taken for dead lives: no take-over for %.0f s", self.vip.ip, QUIET)
+        wire, bound, fit = a.wire.view(address, now), self.bound, not self.trouble(now)
+        silent = wire.unanswered >= a.config.probe_count > 0 and not a.wire.deaf(now, None)
+        if bound and (lock.lock is Lock.MINE or silent or not a.kernel.link.arp):
+            at.trusted = now
+        asked = not fit or any(now - told <= TICK for told in self.gave.values())
+        asked = self.intent is not Intent.RUN or (asked and lock.lock is Lock.UNKNOWN)
+        leaves = bound and (asked or lock.lock is Lock.OTHER)
+        if leaves and at.leaving is None:
+            a.wire.forget(address)  # only who is heard from now on is our successor
+        elif not leaves:
+            self.gave.clear()
+        at.leaving = (at.leaving or now) if leaves else None
+        waits = lock.lock is Lock.NOBODY and not bound and fit and wire.heard < math.inf
+        at.empty = (at.empty or now) if waits else None
+
+    def _stand(self, decision: Decision, facts: Facts, lock: LockView, now: float) -> None:
+        """Our place in the queue. Without a lock: say WANT to the holder, or GIVE to one standby after the other."""
+        wire, address, ordered = self.agent.wire, self.vip.address, any(order.kind == "lock" for order in self.orders)
+        if decision.accuse and lock.queue and self.took[1] != lock.queue[0].node:
+            log.warning("vip=%s %s fell silent: taking over its lock", self.vip.ip, lock.queue[0].host)
+            self.took = lock.queue[0].session, lock.queue[0].node
+        first = decision.accuse or (ordered and decision.contend)
+        self.agent.referee.want(address, Want.FIRST if first else Want.IN if decision.contend else Want.WATCH)
+        if lock.lock is not Lock.UNKNOWN:
+            return
+        if ordered and not self.bound and (holder := wire.view(address, now).mac):
+            wire.word(Kind.WANT, address, holder)
+        goes = facts.leaving is not None and not facts.taken and not (facts.healthy and self.intent is Intent.RUN)
+        if goes and now - max(self.gave.values(), default=self.at.given[1]) >= LINGER:  # who was told has had its time
+            for mac in [mac for mac in wire.askers(now) if now - self.gave.get(mac, -math.inf) > TICK][:1]:
+                self._give(mac, now)
+
+    def _give(self, mac: bytes, now: float) -> None:
+        """Tell this host to take it. We let go when we hear it."""
+        self.gave[mac] = now
+        self.agent.wire.word(Kind.GIVE, self.vip.address, mac)
+
+    def _apply(self, wanted: bool, now: float) -> None:
+        """Bind, begin a finite lifetime anew, or cancel the announcements and unbind."""
+        a, at, ip, bound, strict = self.agent, self.at, self.vip.bound, self.bound, self.agent.config.at_most_one
+        if bound and not wanted:
+            at.announce, at.given = math.inf, (b"", -math.inf)
+            log.info("vip=%s unbound (%s)", self.vip.ip, self.reason)
+            a.unbind(ip)
+        able = strict if bound else a.kernel.link.number and ip not in a.kernel.addresses and now >= at.retry
+        if not (wanted and able) or (strict and not a.in_time(a.clock.now())):  # we may have been stopped since `now`
+            return
+        fails, why = self.failed
+        try:
+            a.network.add(ip, a.lifetime)
+        except OSError as error:
+            if not bound:
+                self.failed, at.retry = (fails + 1, str(error)), now + min(QUIET, TICK * 2 ** min(fails, 9))
+                log.log(logging.DEBUG if why else logging.WARNING, "vip=%s cannot be bound: %s", self.vip.ip, error)
+                a.news(self.vip.address)
+            return
+        if not bound:
+            if fails:
+                log.info("vip=%s can be bound again, after %d failures", self.vip.ip, fails)
+            self.failed, self.step, at.bound, at.trusted, at.announce = (0, ""), 0, now, now, math.inf
+            a.kernel.addresses[ip] = True
+            a.wire.forget(self.vip.address)
+            log.info("vip=%s bound on %s (%s)", self.vip.ip, a.config.interface, self.reason)
+            a.save_soon()
+            a.news(self.vip.address)
+
+    # -- announcements ---------------------------------------------------------------------------------
+
+    def _announce(self, decision: Decision, now: float) -> None:
+        """From the moment when we are sure: the schedule, then now and then. Ownership is decided anew for each."""
+        at = self.at
+        if not (decision.announce and self.bound):
+            at.announce = math.inf
+            return
+        if at.announce == math.inf:
+            at.announce = now + REFRESH * random.random() * (self.step < 0)
+            self.step = len(ANNOUNCE_AT) if self.step < 0 else 0
+        if now < at.announce:
+            return
+        if now < at.bound + 2 * LINGER and not self.agent.network.ready(self.vip.bound):
+            at.announce = now + LINGER / 10
+            return
+        self.agent.wire.announce(self.vip.address, ask=self.step > 1)
+        self.step = min(self.step + 1, len(ANNOUNCE_AT))
+        at.announce = now + REFRESH * random.uniform(0.9, 1.1)
+        if self.step < len(ANNOUNCE_AT):
+            at.announce = now + ANNOUNCE_AT[self.step] - ANNOUNCE_AT[self.step - 1]
+
+    def announce_anew(self, now: float, crossed: bool = False) -> None:
+        """Once more from the beginning, at most once a second (RFC 5227, section 2.4, asks for such restraint).
+
+        Where another host's announcement crossed our first one clients may follow it: the second one comes earlier.
+        """
+        if self.at.announce < math.inf and ANNOUNCE_AT[self.step - 1] >= TICK:
+            self.step, self.at.announce = 0, now
+        elif crossed and self.step == 1:
+            self.at.announce = min(self.at.announce, now + LINGER / 10)
+
+    # -- what comes in -----------------------------------------------------------------------------------
+
+    def hear(self, heard: Heard, known: bool, fresh: bool, now: float) -> None:
+        """Somebody has, asks for, wants or gives it."""
+        unknown = self.lock(now).lock is Lock.UNKNOWN
+        if heard.kind is Kind.GIVE and unknown and not heard.broadcast:
+            self.at.given = heard.mac, now
+        elif heard.kind is Kind.WANT and unknown and self.bound:
+            others = [at for mac, at in (*self.gave.items(), self.at.given) if mac != heard.mac]
+            if now - max(others, default=-math.inf) > TICK:  # else three would have it: one hand-over after the other
+                self._give(heard.mac, now)
+        elif self.bound and self.intent is Intent.RUN and heard.kind in (Kind.ASK, Kind.CLAIM):
+            if not (known or heard.asks or heard.broadcast or now - self.at.told < REFRESH):
+                self.at.told, text = now, "vip=%s is also answered for by %s: remove it there, unless that is proxy ARP"
+                log.warning(text, self.vip.ip, heard.mac.hex(":"))
+            if not heard.asks or (known and heard.broadcast):
+                self.announce_anew(now, crossed=heard.broadcast and not heard.asks)
+            if not heard.asks and fresh and now > self.at.bound + TICK:
+                self.agent.referee.distrust(self.vip.address)
+
+    def lets_go(self, mac: bytes, now: float) -> bool:
+        """Whether this host has just given it to us: it answers until it hears that we have it, and is no rival."""
+        giver, at = self.at.given
+        return self.bound and mac == giver and now - at <= TICK and mac not in self.gave
+
+    def _note_conflict(self, f: Facts, now: float) -> None:
+        """Another host has it for so long that we might yield; but who let go for us is heard for a moment.
+
+        Said once a minute while it goes on, as of a host whose agent was stopped and whose kernel keeps the address.
+        """
+        at, heard, mac = self.at, now - f.heard, self.agent.wire.view(self.vip.address, now).mac
+        rivalled = self.bound and at.leaving is None and f.other and heard > at.bound + TICK
+        if not rivalled or f.heard + f.staying < PATIENCE[-1]:
+            return
+        count, last = self.conflicts
+        new = heard - at.rivalled > (REFRESH + LONG if mac == last else TICK)
+        at.rivalled = heard
+        if new or now - at.told >= REFRESH:
+            self.conflicts, at.told = (count + new, mac), now
+            names = [f"{host}, another contender" for host, known in self.agent.macs.items() if known == mac.hex(":")]
+            who = [*names, "a foreign host" if self.agent.macs else "maybe another contender"][0]
+            level, remedy = (logging.INFO, "") if names and new else (logging.WARNING, ": remove it there")
+            log.log(level, "vip=%s is also answered for by %s (%s)%s", self.vip.ip, mac.hex(":"), who, remedy)
+
+    # -- orders --------------------------------------------------------------------------------------------
+
+    def order(self, kind: str, now: float) -> Future[Any]:
+        """A future for the moment when it is done, or 504 a little after a hand-over's limit."""
+        order = Order(kind, Future(), now + 3 * TICK)
+        self.orders.append(order)
+        self.agent.news(self.vip.address)
+        return order.future
+
+    def _finish(self, lock: LockView, now: float) -> None:
+        """End intents that are fulfilled and answer who waits for it."""
+        bound, mine = self.bound, lock.lock in (Lock.MINE, Lock.UNKNOWN)
+        if self.intent is Intent.DELETE and not bound:
+            self.agent.drop(self)
+        done = {"lock": bound and mine and self.at.leaving is None, "failover": not bound, "delete": not bound}
+        waiting, self.orders, expired = self.orders, [], False
+        for order in waiting:
+            if done[order.kind]:
+                order.future.set_result(None)
+            elif now >= order.deadline:
+                expired = True
+                order.future.set_exception(LinkError(504, "not done in time", self.reason, ip=show(self, now)))
+            else:
+                self.orders.append(order)
+        handed = expired or (not bound and lock.lock not in (Lock.MINE, Lock.WAITING))
+        if self.intent is Intent.HAND_OVER and handed:
+            self.intent = Intent.RUN
+            self.agent.news(self.vip.address)
+
+    def end(self, error: LinkError | None = None) -> None:
+        """It is here no more, or the process ends: nobody waits for ever."""
+        for order in self.orders:
+            if error and order.kind != "delete":
+                order.future.set_exception(error)
+            else:
+                order.future.set_result(None)
+        self.orders = []
+
+    def may_be_relieved(self, now: float) -> bool:
+        """Whether a stop may wait: our node is about to go, or somebody can take it, or has it already.
+
+        Without a lock for two seconds only: of hosts that stop at the same time one keeps it, not all.
+        """
+        facts = self.facts(now, self.lock(now))
+        if facts.lock is Lock.UNKNOWN:
+            return facts.successor and (facts.leaving or 0.0) < 2 * TICK
+        return facts.lock is Lock.MINE or facts.successor or facts.heard <= TICK
+
+    def _due(self, f: Facts, now: float) -> float:
+        """When to look again without any news: soon while something moves; else all is decided again each second."""
+        times = [self.at.announce]
+        if self.orders or f.leaving is not None or (self.bound and f.other) or (f.deaf and f.proven):
+            times += [now + LINGER, now - f.heard - f.staying + f.slack + 0.001]  # whatever the rounding
+        if f.unsure or not f.fit:
+            times.append(now - f.alone + TICK * (1 + 0.3 * f.rank))
+        if self.bound and self.agent.lifetime:
+            times.append(now + self.agent.lifetime / 4)  # to begin it anew
+        return min((when for when in times if when > now), default=math.inf)
+
+
+def show(vip: Vip, now: float) -> dict[str, Any]:
+    """The IP as the API shows it."""
+    lock, wire, a = vip.lock(now), vip.agent.wire.view(vip.vip.address, now), vip.agent
+    needed, mac, (count, rival) = a.config.probe_count, wire.mac.hex(":"), vip.conflicts
+    answered = wire.unanswered < needed and (wire.heard <= TICK or (wire.met and not vip.bound))
+    state = "answered" if answered else "silent" if wire.unanswered >= needed > 0 else "looking"
+    state = state if needed and a.kernel.link.arp else "blind"
+    since = a.clock.stamp(wire.heard + wire.staying) if answered else None
+    named = lock.queue and lock.lock is not Lock.UNKNOWN  # else what ZooKeeper said last may be long over
+    return {
+        **vip.vip.to_json(),
+        "status": vip.state.value,
+        "bound": vip.bound,
+        "holder": lock.queue[0].host if named else a.config.hostname if vip.bound else None,
+        "hosts": [contender.host for contender in lock.queue],
+        "since": vip.since,
+        "reason": vip.reason,
+        "wire": {"state": state, "mac": mac if answered else None, "since": since},
+        "conflicts": {"count": count, "mac": rival.hex(":") or None},
+    }
 
 
 ################################################################################
 # State directory: what must survive the process
 ################################################################################
 
+JOURNAL = 1000  # lines of ips.journal after which ips.json is written anew
+_private = functools.partial(os.open, mode=0o600)
+
 
 class Store:
-    """`ips.json` (what the operator added; never silently lost) and `session.json` (what a restart adopts).
+    """`ips.json`, `ips.journal` (what the operator added; never silently lost); `session.json` (what a restart adopts).
 
-    Bound to this host, this boot, this interface and this ensemble: a copied directory gives away no session.
+    Written by a thread of its own, one thing after the other: a disk may stall, and the loop must not. The session is
+    bound to this host and this boot: a copied directory gives none away. `trouble`: why it could not be written, or ''.
     """
 
-    def __init__(self, config: Config, mac: str) -> None:
-        self._dir = Path(config.state_dir)
-        self._interval = config.health_check_interval
-        ensemble = [config.zookeeper, config.zookeeper_root, config.interface]
-        self.identity = [config.hostname, boot_id(), mac, *ensemble]
+    def __init__(self, config: Config) -> None:
+        self._dir, self._interval = Path(config.state_dir), config.health_check_interval
+        self.identity, self.trouble = [config.hostname, boot_id()], ""
+        self._entries: dict[str, VirtualIP | Any] = {}  # by address; what cannot be parsed: as it is, maybe by its text
+        self._lines: int | None = None  # of the journal; None: to be begun anew
+        self._session, self._disk, self._saved = b"", ThreadPoolExecutor(1, "disk"), Future[bool]()
+        self._saved.set_result(True)
+
+    def read_ips(self) -> dict[str, str]:
+        """What is wrong, by file or entry. Changes nothing. Raises OSError where a file cannot be read."""
+        self._entries, wrong = {}, dict[str, str]()
+
+        def note(raw: Any, key: str = "") -> None:
+            try:
+                vip = VirtualIP.parse(raw, self._interval)
+                self._entries.setdefault(vip.address, vip)  # of two in the file the first one counts
+            except Invalid as error:
+                text = json.dumps(raw)
+                self._entries[key or text] = raw
+                wrong[text[:200]] = f"is no IP to this version ({error}): it is kept, and not served"
+
+        try:
+            for raw in json.loads(self._read("ips.json", b'{"ips": []}'))["ips"]:
+                note(raw)
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            wrong["ips.json"] = f"cannot be read ({error})"
+        for line in self._read("ips.journal", b"").split(b"\n")[:-1]:  # the last one is torn: never answered
+            try:
+                address, raw = json.loads(line)
+                self._entries.pop(address, None)
+                if raw is not None:
+                    note(raw, address)
+            except (ValueError, TypeError, RecursionError):
+                note(line.decode(errors="replace"))  # what it was is for a human to say
+        return wrong
 
     def load_ips(self) -> list[VirtualIP]:
-        """A file that cannot be understood is set aside with an error and nothing is removed from it."""
-        path = self._dir / "ips.json"
-        try:
-            return [VirtualIP.parse(raw, self._interval) for raw in json.loads(path.read_bytes())["ips"]]
-        except FileNotFoundError:
-            return []
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, LinkError) as error:
-            aside = path.with_name(f"ips.json.corrupt-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
-            log.error("%s cannot be read (%s): set aside as %s; add its IPs again or repair it", path, error, aside)
+        """The IPs; an ips.json that cannot be understood is set aside, and nothing is removed from it."""
+        wrong = self.read_ips()
+        if "ips.json" in wrong:
+            aside = self._dir / f"ips.json.corrupt-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
+            wrong["ips.json"] += f": set aside as {aside}; add its IPs again or repair it"
             with contextlib.suppress(OSError):
-                path.rename(aside)
-            return []
+                (self._dir / "ips.json").rename(aside)
+        for what, why in wrong.items():
+            log.error("%s: %s %s", self._dir, what, why)
+        self._disk.submit(int)  # starts its thread: later there may be none to be had, and what is given to it is kept
+        return [entry for entry in self._entries.values() if isinstance(entry, VirtualIP)]
 
-    def save_ips(self, vips: Iterable[VirtualIP]) -> None:
-        """Raises Unavailable where it cannot be written; then the old file is still there."""
+    def save_ip(self, vip: VirtualIP) -> Future[None]:
+        """Add or replace; on disk when the future is done. It raises LinkError; then nothing has changed."""
+        return self._disk.submit(self._change, vip.address, vip)
+
+    def remove_ip(self, address: str) -> Future[None]:
+        """As save_ip()."""
+        return self._disk.submit(self._change, address, None)
+
+    def _change(self, address: str, vip: VirtualIP | None) -> None:
+        """One line and one fdatasync(2): cheaper than a file of a thousand IPs. A line may be applied twice."""
+        line = json.dumps([address, vip and vip.to_json()]).encode() + b"\n"
+        lines, self._lines = self._lines, None
         try:
-            self._write("ips.json", {"ips": [vip.to_json() for vip in vips]}, sync=True)
+            with open(self._dir / "ips.journal", "ab", buffering=0, opener=_private) as file:
+                size = file.tell()
+                if lines is None or lines >= JOURNAL or not size:
+                    entries = [e.to_json() if isinstance(e, VirtualIP) else e for e in self._entries.values()]
+                    self._write("ips.json", json.dumps({"ips": entries}).encode(), sync=True)
+                    size = lines = file.truncate(0)  # after what it held is on disk elsewhere
+                try:
+                    if file.write(line) < len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    os.fdatasync(file.fileno())
+                except OSError:
+                    file.truncate(size)
+                    raise
         except OSError as error:
-            detail = f"{self._dir} cannot be written: {error.strerror}"
-            raise Unavailable("state directory", detail=detail) from None
+            raise LinkError(503, "state directory", f"{self._dir} cannot be written: {error.strerror}") from None
+        self._lines = lines + 1
+        self._entries.pop(address, None)
+        self._entries |= {address: vip} if vip else {}
 
     def load_session(self) -> dict[str, Any]:
         """What the last process of this host left; empty where it is another host's, another boot's, or unreadable."""
         try:
-            got = json.loads((self._dir / "session.json").read_bytes())
-            if got["identity"] == self.identity:
-                return _checked_session(got)
-            log.warning("session.json is not of this host, boot, interface and configuration: starting afresh")
-        except FileNotFoundError:
-            pass
+            got = json.loads(self._read("session.json", b"null"))
+            if got is None:
+                return {}
+            if got["identity"][:2] == self.identity:  # earlier versions have more in it
+                number, password = got.get("session") or (0, "")
+                int(number), bytes.fromhex(password)
+                list(map(ipaddress.ip_interface, [*got.get("addresses", []), *got.get("states", {})]))
+                list(map(State, got.get("states", {}).values()))
+                macs = {str(host): str(mac) for host, mac in got.get("macs", {}).items()}
+                return {**got, "hosts": dict(got.get("hosts", {})), "macs": macs}
+            log.warning("session.json is not of this host and boot: starting afresh")
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             log.warning("session.json cannot be used (%s): starting afresh", error)
         return {}
 
-    def elsewhere(self) -> tuple[str, list[str]]:
-        """The other interface that an earlier process of this host worked on in this boot, and what it had bound."""
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-            got = json.loads((self._dir / "session.json").read_bytes())
-            if got["identity"][:2] == self.identity[:2] and got["identity"][-1] != self.identity[-1]:
-                return str(got["identity"][-1]), list(map(str, got["addresses"]))
-        return "", []
+    def save_session(self, content: Mapping[str, Any], now: bool = False) -> bool:
+        """Best effort and soon; the latest content counts. `now`: wait for it, at most a second. False: not written."""
+        self._session = json.dumps({"identity": self.identity, **content}).encode()
+        if self._saved.running() or self._saved.done():  # else it will write this one
+            self._saved = self._disk.submit(self._write_session)
+        return not now or (not wait_for([self._saved], TICK).not_done and self._saved.result())
 
-    def save_session(self, content: Mapping[str, Any]) -> None:
-        """Best effort: without it a restart is a start."""
+    def _write_session(self) -> bool:
+        trouble = ""
         try:
-            self._write("session.json", {"identity": self.identity, **content}, sync=False)
+            self._write("session.json", self._session, sync=False)
         except OSError as error:
-            log.debug("session.json: %s", error)
+            trouble = f"{self._dir} cannot be written ({error.strerror}): a restart will not remember the session"
+        if trouble != self.trouble:
+            log.log(logging.WARNING if trouble else logging.INFO, "%s", trouble or f"{self._dir} is written again")
+        self.trouble = trouble
+        return not trouble
 
-    def _write(self, name: str, content: Any, sync: bool) -> None:
+    def _read(self, name: str, absent: bytes) -> bytes:
+        try:
+            return (self._dir / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return absent
+
+    def _write(self, name: str, data: bytes, sync: bool) -> None:
         """Atomic: a kill at any moment leaves the old file or the new one."""
-        path = self._dir / name
-        with open(path.with_suffix(".new"), "w", encoding="utf-8", opener=_private) as file:
-            json.dump(content, file)
+        new = (self._dir / name).with_suffix(".new")
+        with open(new, "wb", opener=_private) as file:
+            file.write(data)
+            file.flush()
             if sync:
-                file.flush()
                 os.fsync(file.fileno())
-        path.with_suffix(".new").replace(path)
+        new.replace(self._dir / name)
         if sync:
             directory = os.open(self._dir, os.O_RDONLY)
             try:
@@ -1561,310 +2333,20 @@ class Store:
                 os.close(directory)
 
 
-def _checked_session(got: dict[str, Any]) -> dict[str, Any]:
-    """The content of session.json; raises one of many errors where something in it is not what it should be."""
-    if got.get("session"):
-        _hex(got["session"][0]), bytes.fromhex(got["session"][1])
-    list(map(ipaddress.ip_interface, got.get("addresses", [])))
-    list(map(State, got.get("states", {}).values()))
-    macs = {str(host): str(mac) for host, mac in got.get("macs", {}).items()}
-    return {**got, "hosts": dict(got.get("hosts", {})), "macs": macs}
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
-
-
 def boot_id() -> str:
     """Of the running kernel (proc(5)): sessions do not outlive it."""
-    try:
+    with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
+    return ""
 
 
 ################################################################################
-# Health checks
+# Agent: the loop that hears, decides and acts
 ################################################################################
 
-
-def check_tcp(check: HealthCheck, timeout: float) -> None:
-    """Raises OSError where no connection comes about in `timeout` seconds."""
-    socket.create_connection((check.host, check.port), timeout).close()
-
-
-def check_http(check: HealthCheck, timeout: float) -> None:
-    """GET must be answered by 2xx or 3xx. Raises OSError or HTTPException."""
-    connection = http.client.HTTPConnection(check.host, check.port, timeout=timeout)
-    try:
-        connection.request("GET", check.path, headers={"User-Agent": f"LinK/{VERSION}", "Connection": "close"})
-        status = connection.getresponse().status
-        if not 200 <= status < 400:
-            raise OSError(f"HTTP status {status}")
-    finally:
-        connection.close()
-
-
-def run_check(check: HealthCheck, timeout: float) -> str:
-    """'' if healthy, else the reason. Runs in a thread of its own."""
-    try:
-        (check_http if check.type == "HTTP" else check_tcp)(check, timeout)
-        return ""
-    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a name that IDNA refuses
-        return f"{check.type} {check.host}:{check.port}: {error or type(error).__name__}"
-
-
-@dataclass(eq=False)
-class Probe:
-    """The running record of one health check; loop thread only."""
-
-    check: HealthCheck
-    ok: bool = False
-    fails: int = 0
-    passes: int = 0
-    running: bool = False
-    asked_at: float | None = None  # a run that has not been counted yet
-    began_at: float = float("-inf")  # the last run
-    reason: str = "not checked yet"
-
-    def count(self, reason: str, fall: int, rise: int) -> None:
-        """Take in one result."""
-        self.asked_at = None
-        self.fails, self.passes = (self.fails + 1, 0) if reason else (0, self.passes + 1)
-        if reason:
-            self.reason = reason
-        if self.fails >= fall:
-            self.ok = False
-        if self.passes >= rise:
-            self.ok, self.reason = True, ""
-
-
-################################################################################
-# The wire: whom to ask, how often, and what silence means
-################################################################################
-
-RIVAL_FRESH = 1.0  # seconds for which another host heard to have a VIP that we have counts as there
-RIVAL_STAYS = 0.4  # seconds of a rival's staying after our defence that prove its claim the better one
-SLOW = 1.0  # seconds between the looks of a host that need not be quick
-DOUBT = 0.4  # seconds between the looks of a binder without a lock
-
-
-class Look(Enum):
-    """How a VIP is to be watched on the wire."""
-
-    NONE = 0
-    SLOW = 1  # one per second and holder: the second and later standbys
-    FAST = 2  # one stream of probes per holder: the first standby, and all where ZooKeeper is silent
-    DOUBT = 3  # one VIP after the other, by broadcast: bound without a lock, or with a rival
-    MEET = 4  # one VIP after the other, unicast: the holder has not answered for it in this term
-    ALL = 5  # broadcast for this VIP itself: nothing is known of a holder, or we are letting go
-
-
-@dataclass
-class Hearing:
-    """What was heard of other hosts that have one VIP, in this term of its holder."""
-
-    mac: bytes = b""
-    at: float = float("-inf")
-    since: str = ""
-    rival_since: float = float("-inf")
-    misses: int = 0  # probes in a row without an answer; probe_count of them are silence
-    pending: bool = False  # asked, not answered yet
-
-    def fresh(self, now: float) -> bool:
-        """Whether the other host was heard just now."""
-        return now - self.at <= RIVAL_FRESH
-
-
-@dataclass(eq=False)
-class Stream:
-    """The probes that go to one holder host, however many VIPs it has."""
-
-    look: Look
-    mac: bytes
-    members: list[Managed] = field(default_factory=list)
-    target: int = 0
-    misses: int = 0
-    next_at: float = 0.0
-
-    def member(self) -> Managed:
-        """The VIP to ask for."""
-        return self.members[self.target % len(self.members)]
-
-
-class Prober:
-    """Sends the probes and counts what is not answered. Runs in the loop; sends through `send`."""
-
-    def __init__(self, config: Config, send: Callable[[Iterable[bytes]], None]) -> None:
-        self.interval, self.count, self._send = config.probe_interval, config.probe_count, send
-        self._streams: dict[tuple[Look, bytes], Stream] = {}
-        self.witness_frames: list[bytes] = []
-        self.suspects = False  # a holder has missed a probe: ZooKeeper may be needed soon
-        self.due = float("inf")
-
-    def arrange(self, wanted: Iterable[tuple[Managed, Look, bytes]], now: float) -> None:
-        """Sort the VIPs into streams; a stream that goes on keeps its pace and its misses."""
-        old, self._streams = self._streams, {}
-        for managed, look, mac in wanted:
-            if look is Look.NONE or managed.frames is None:
-                continue
-            key = (look, b"" if look is Look.ALL else mac)
-            stream = self._streams.get(key)
-            if stream is None:
-                before = old.get(key)
-                pace = now if before is None else before.next_at
-                stream = self._streams[key] = Stream(*key, next_at=pace, target=before.target if before else 0)
-                stream.misses = before.misses if before else 0
-            stream.members.append(managed)
-        self.due = min((s.next_at for s in self._streams.values()), default=float("inf"))
-
-    def run(self, now: float) -> list[Managed]:
-        """Send what is due; the VIPs whose silence is now proven."""
-        silent: list[Managed] = []
-        for stream in self._streams.values():
-            if now >= stream.next_at:
-                rates = stream.mac and stream.look in (Look.FAST, Look.SLOW)
-                ask = self._ask_all if stream.look is Look.ALL else self._ask_one if rates else self._ask_in_turn
-                silent += ask(stream, now)
-        self.due = min((s.next_at for s in self._streams.values()), default=float("inf"))
-        return silent
-
-    def _ask_all(self, stream: Stream, now: float) -> list[Managed]:
-        silent = []
-        for managed in stream.members:
-            hearing = managed.hearing
-            if hearing.pending and hearing.misses < self.count:
-                hearing.misses += 1
-                if hearing.misses == self.count:
-                    silent.append(managed)
-                    continue
-            hearing.pending = True
-            self._send((managed.frames.ask_all,) if managed.frames else ())
-        self._send(self.witness_frames)
-        young = any(managed.hearing.misses < self.count for managed in stream.members)
-        stream.next_at = now + max(self.interval if young else 4 * self.interval, len(stream.members) / 1000)
-        return silent
-
-    def _ask_in_turn(self, stream: Stream, now: float) -> list[Managed]:
-        """One question for one VIP; no verdict over the others follows."""
-        stream.target += 1
-        managed = stream.member()
-        hearing = managed.hearing
-        silent = hearing.pending and hearing.misses == self.count - 1
-        hearing.misses, hearing.pending = min(self.count, hearing.misses + hearing.pending), True
-        if managed.frames:
-            self._send([stream.mac + managed.frames.ask_one[6:] if stream.mac else managed.frames.ask_all])
-        stream.next_at = now + {Look.DOUBT: DOUBT, Look.MEET: 4 * self.interval}.get(stream.look, SLOW)
-        return [managed] if silent else []
-
-    def _ask_one(self, stream: Stream, now: float) -> list[Managed]:
-        """Unicast to one VIP of the holder after the other; the last probe before the verdict asks for all, of all."""
-        hearing = stream.member().hearing
-        stream.misses = stream.misses + 1 if hearing.pending else 0
-        if not stream.misses:
-            stream.target += 1
-        stream.next_at = now + (self.interval if stream.look is Look.FAST else SLOW)
-        if stream.misses >= self.count:
-            return self._verdict(stream, now)
-        if stream.misses:
-            self._send(self.witness_frames)
-            self.suspects = self.suspects or stream.look is Look.FAST
-        if stream.misses and stream.misses == self.count - 1:
-            for managed in stream.members:
-                managed.hearing.pending = True
-                self._send((managed.frames.ask_all,) if managed.frames else ())
-            stream.next_at = now + self.interval / 2 + len(stream.members) * 0.0003  # all of them have to answer
-        else:
-            frames = stream.member().frames
-            stream.member().hearing.pending = True
-            self._send((stream.mac + frames.ask_one[6:],) if frames else ())
-        return []
-
-    def _verdict(self, stream: Stream, now: float) -> list[Managed]:
-        """Whoever is not taken over now (no witness answered, ZooKeeper is slow) is asked again soon, all at once."""
-        silent = [managed for managed in stream.members if managed.hearing.pending]
-        for managed in silent:
-            managed.hearing.misses = self.count
-        stream.misses = max(0, self.count - 2)
-        stream.next_at = now + max(4 * self.interval if stream.look is Look.FAST else SLOW, len(stream.members) / 100)
-        return silent
-
-    def about_to_claim(self, managed: Managed) -> bool:
-        """Whether the last probe before a verdict is out for this VIP: the moment when two claims would meet."""
-        look, mac = managed.look
-        stream = self._streams.get((look, b"" if look is Look.ALL else mac))
-        if stream is None or not managed.hearing.pending:
-            return False
-        misses = managed.hearing.misses if stream.look is Look.ALL else stream.misses
-        return misses == self.count - 1
-
-    def restart(self, managed: Managed) -> None:
-        """Begin to count anew for this VIP."""
-        managed.hearing.misses, managed.hearing.pending = 0, False
-
-    def distrust(self) -> None:
-        """Forget every probe that is out: this process was late, not the holder."""
-        for stream in self._streams.values():
-            stream.misses = 0
-            for managed in stream.members:
-                self.restart(managed)
-
-
-################################################################################
-# Agent: the loop that gathers facts and carries out decisions
-################################################################################
-
-LATE = 1.0  # a loop this late (stopped, suspended, starved) looks first and acts after
-SLICE = 0.02  # seconds the loop decides before it listens again
-TICK = 1.0  # everything is decided again this often: level-triggered
-JOIN_LATER = 2.0  # a host that hears another one have the IP gives it so long to join an empty queue first
-BACKOFF = (1.0, 60.0)  # doubled by each take-over that was contested, up to this many seconds without another
-ALONE = 10.0  # a host that hears nobody at all, nor ZooKeeper, takes an IP only after so many seconds
-ANSWER = 0.1  # seconds within which ZooKeeper must answer when a holder is to be replaced
-DOUBTS = 2.0  # seconds for which a host that has the lock and saw a check fail lets the IP be served where it is
-CHECK_AGAIN = 0.5  # seconds between its checks meanwhile
-LINGER = 0.05  # seconds an address stays after its new holder is heard: requests are still on their way to the old one
-
-
-@dataclass(eq=False)
-class Managed:
-    """One VIP at run time. Loop thread only; `state` is written by Agent._enter alone."""
-
-    vip: VirtualIP
-    probes: list[Probe]
-    since: str
-    state: State = State.FAILING
-    reason: str = "not checked yet"
-    intent: Intent = Intent.RUN
-    frames: Frames | None = None
-    hearing: Hearing = field(default_factory=Hearing)
-    look: tuple[Look, bytes] = (Look.NONE, b"")
-    term: str = ""  # the holder's lock node
-    nodes: set[str] | None = None  # the others in the queue as last seen
-    unwanted_since: float = float("inf")  # relieved, and lingering
-    letting_go: float | None = None  # since when we wait to be relieved
-    verify: bool = False  # bound, but look before trusting it
-    rivalled: bool = False  # bound without a lock, and so is another host
-    adopted: bool = False  # bound by an earlier process, which has announced it
-    taking: bool = False  # POST lock
-    doubts_since: float | None = None  # has the lock, and a check has failed
-    schedule: int = 0  # which announcement schedule is valid
-    defended_at: float = float("-inf")
-    conflicts: int = 0  # that no move explains
-    conflict_mac: str = ""
-    rival: str = ""
-    rival_at: float = float("-inf")
-    doubted_at: float = float("-inf")  # a rival was heard: is the lock still ours?
-    empty_since: float | None = None
-    quiet_until: float = float("-inf")  # accuses nobody before
-    backoff: float = BACKOFF[0]
-    took: tuple[int, str] = (0, "")  # the session that we declared dead, and its node
-    took_at: float = float("-inf")
-    bound_at: float = float("-inf")
-    bind_error: str = ""
-    bind_fails: int = 0
-    bind_at: float = float("-inf")  # next try
-    waiters: list[tuple[Callable[[], bool], Future[Any], float]] = field(default_factory=list)
+SLICE = 0.004  # seconds the loop decides before it listens again
+HOSTS = 256  # that are gone are known by their MAC
+Change = Generator[Future[None], None, Any]  # a change of what is kept on disk, in steps
 
 
 class Clock:
@@ -1874,1124 +2356,598 @@ class Clock:
         """Unaffected by steps of the wall clock; goes on while the machine is suspended (clock_gettime(2))."""
         return time.clock_gettime(time.CLOCK_BOOTTIME)
 
-    def stamp(self) -> str:
-        """ISO 8601, UTC."""
-        return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    def stamp(self, ago: float = 0.0) -> str:
+        """ISO 8601, UTC, so many seconds ago."""
+        return (datetime.now(UTC) - timedelta(seconds=ago)).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class Pool(ThreadPoolExecutor):
+    """Runs the health checks, so many at the same time: a thousand that hang must not be a thousand threads."""
+
+    check = staticmethod(run_check)
+
+    def __init__(self) -> None:
+        super().__init__(32, "check")
+
+
+class Loop:
+    """The loop's inbox and wake-ups: who has something for it posts; `due` says when to decide again for each IP."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._queue: queue.SimpleQueue[tuple[Callable[..., Any], tuple[Any, ...]]] = queue.SimpleQueue()
+        self.changes: deque[tuple[Future[Any], Change]] = deque()  # the first one is under way
+        self._clock, self.now = clock, clock.now()  # read once a turn
+        self.wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.due: dict[str, float] = {}
+        self.turns, self.filters = 0, False  # the kernel is to be told whom to listen for
+        self.distrusted = -math.inf  # what we remember from before may be old
+        self.tick_at = self.save_at = -math.inf
+
+    def post(self, function: Callable[..., Any], *args: Any) -> None:
+        """Have the loop call this; from any thread or signal handler."""
+        self._queue.put((function, args))
+        os.eventfd_write(self.wake, 1)
+
+    def ask(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Have the loop call this; the result, or the future that it returns. From any thread.
+
+        A generator yields the future of what it writes, and goes on when that is on disk (or the error is thrown into
+        it): the loop turns meanwhile. One after the other: what such a function has looked at, no other one changes.
+        """
+        future: Future[Any] = Future()
+        self.post(self._answer, future, function, args)
+        return future
+
+    def call(self, function: Callable[..., Any], *args: Any, timeout: float) -> Any:
+        """As ask(), and wait for the result. From other threads."""
+        asked = result = self.ask(function, *args)
+        while isinstance(future := result, Future):
+            if wait_for([future], timeout).not_done:
+                if future is asked and future.cancel():
+                    raise LinkError(503, "busy", f"it could not be begun within {timeout:g} s; nothing was done")
+                raise LinkError(504, "not done in time", "see GET /ips")
+            try:
+                result = future.result()
+            except OSError as error:  # to who serves a client it would mean that the client is gone
+                raise RuntimeError(f"{function.__name__} failed") from error
+        return result
+
+    def _answer(self, future: Future[Any], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        if inspect.isgeneratorfunction(function):
+            self.changes.append((future, function(*args)))
+            if len(self.changes) == 1:
+                self._change()
+        elif future.set_running_or_notify_cancel():  # else the caller was told that nothing happened
+            try:
+                future.set_result(function(*args))
+            except Exception as error:
+                future.set_exception(error)
+
+    def _change(self, written: Future[None] | None = None) -> None:
+        """Go on with the first of the changes; where it has ended, with the next."""
+        while self.changes:
+            future, steps = self.changes[0]
+            try:
+                if written or future.set_running_or_notify_cancel():
+                    error = written and written.exception()
+                    on_disk = steps.throw(error) if error else next(steps)
+                    return on_disk.add_done_callback(lambda done: self.post(self._change, done))
+            except StopIteration as end:
+                future.set_result(end.value)
+            except Exception as error:
+                future.set_exception(error)
+            self.changes.popleft()
+            written = None
+
+    def serve(self) -> None:
+        """Call what was posted; in slices, so that the wire is heard meanwhile."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.wake)
+        while not self._queue.empty():
+            function, args = self._queue.get()
+            function(*args)
+            if self._clock.now() - self.now >= SLICE:
+                return os.eventfd_write(self.wake, 1)
+
+
+@dataclass(eq=False)
+class _Kernel:
+    """The kernel's view of the interface, as last seen."""
+
+    link: Link = field(default_factory=Link)
+    addresses: dict[Address, bool] = field(default_factory=dict)  # True: LinK added it
+    own: dict[int, str] = field(default_factory=dict)  # this host's own one per IP version
+    foreign: frozenset[str] = frozenset()  # those that LinK did not add, without their prefix lengths
+    due: float = -math.inf  # when to look again
+    again: float = -math.inf  # not before: at most a tenth of the time, as every change of an address is reported
+    error: str = ""
 
 
 class Agent:
-    """One host's agent. Everything but post() and call() runs in the loop's thread."""
+    """One host's agent: everything but post() runs in the loop's thread."""
+
+    hears_nobody = "hears nobody: neither the holder nor any witness answers; check its switch port and VLAN"
 
     def __init__(
         self,
         config: Config,
         network: Network,
-        connect: Callable[[Agent], Coordinator] | None,
+        store: Store,
+        connect: Callable[[Agent], Referee | NoReferee] = lambda agent: NoReferee(),
         clock: Clock | None = None,
-        check: Callable[[HealthCheck, float], str] = run_check,
+        pool: Any = None,
     ) -> None:
-        self.config, self.network, self.clock, self._check = config, network, clock or Clock(), check
-        self._queue: queue.SimpleQueue[tuple[Callable[..., Any], tuple[Any, ...]]] = queue.SimpleQueue()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._timers: list[tuple[float, int, Callable[..., Any], tuple[Any, ...]]] = []
-        self._count = 0
-        self.since = self.clock.stamp()
-        self.vips: dict[str, Managed] = {}
-        self._dirty: set[str] = set()
-        self._muted: set[str] = set()  # bound, and not announced because nobody was heard at all
-        self._link, self._kernel, self._own = Link(), dict[Address, bool](), dict[int, str]()
-        self._peers: dict[str, Record] = {}  # the last known records of the other hosts
-        self._macs: dict[str, str] = {}  # of every other host ever seen: one may rejoin while we are cut off
-        self._witnesses: dict[str, float] = {}  # address -> when it last answered
-        self._trust_after = float("-inf")  # what ZooKeeper said before does not count any more
-        self._rearrange = False
-        self._suspected_at = self._heard_at = float("-inf")
-        self._began_at = self.clock.now()
-        self._synced_at = self._sync_next = float("-inf")
-        self._stale = False  # a look at the kernel is due at _sync_next
-        self._save_at: float | None = None
+        self.config, self.network, self.store, self.clock = config, network, store, clock or Clock()
+        self.pool = pool or Pool()
+        self.loop, self.kernel, self.since = Loop(self.clock), _Kernel(), self.clock.stamp()
+        self.vips: dict[str, Vip] = {}
+        self.peers: dict[str, Record] = {}  # the last known records of the other hosts
+        self.macs: dict[str, str] = {}  # of the other hosts, and the last HOSTS that left: one may rejoin unseen
         self.stopping: float | None = None
         self.execute: Callable[[], None] | None = None  # replaces the process at the loop's end
-        self.prober = Prober(config, network.send)
-        self._link, self._kernel, self._own = network.sync()
-        self.store = Store(config, _mac_text(self._link.mac))
-        self.coordinator = connect(self) if connect else None
+        self.referee = connect(self)
+        self.wire = Wire(config.probe_interval, self.referee.rest, config.probe_count, network.send)
 
-    # -- the loop --------------------------------------------------------------
+    # -- the loop --------------------------------------------------------------------------------------
 
     def post(self, function: Callable[..., Any], *args: Any) -> None:
         """Have the loop call this; from any thread or signal handler."""
-        self._queue.put((function, args))
-        os.eventfd_write(self._wake, 1)
-
-    def call(self, function: Callable[..., Any], *args: Any, timeout: float) -> Any:
-        """Have the loop call this and wait for the result, or for the future that it returns. From other threads."""
-        future: Future[Any] = Future()
-        self.post(self._answer, future, function, args)
-        try:
-            result = future.result(timeout)
-            return result.result(timeout + self.config.handover_timeout) if isinstance(result, Future) else result
-        except FutureTimeout:
-            future.cancel()
-            raise Unavailable("busy", detail=f"the agent's loop did not answer within {timeout:g} s") from None
-
-    @staticmethod
-    def _answer(future: Future[Any], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        if not future.set_running_or_notify_cancel():
-            return  # the caller was told that nothing happened
-        try:
-            future.set_result(function(*args))
-        except Exception as error:
-            future.set_exception(error)
-
-    def at(self, when: float, function: Callable[..., Any], *args: Any) -> None:
-        """Call it at that monotonic time."""
-        self._count += 1
-        heapq.heappush(self._timers, (when, self._count, function, args))
+        self.loop.post(function, *args)
 
     def start(self) -> None:
         """Load what is configured, adopt what an earlier process left, begin to contend."""
         saved = self.store.load_session()
         vips = {vip.address: vip for vip in [*self.store.load_ips(), *self.config.virtual_ips]}
-        for host, record in saved.get("hosts", {}).items():
-            self._peers[host] = Record.parse(json.dumps(record).encode())
-        self._macs.update(saved.get("macs", {}))
-        self.network.adopt(saved.get("addresses", []))
-        self.network.clear(*self.store.elsewhere())
-        self._link, self._kernel, self._own = self.network.sync()
+        self.peers = {host: Record.parse(json.dumps(each).encode()) for host, each in saved.get("hosts", {}).items()}
+        self.macs.update(saved.get("macs", {}))
+        self.loop.now = self.loop.distrusted = self.clock.now()
+        self._sync()
         states = {address: State(word) for address, word in saved.get("states", {}).items()}
-        gone = [ip for ip, ours in self._kernel.items() if ours and str(ip.ip) not in vips]
-        for ip in gone:
-            if self.coordinator is None or str(ip.ip) not in states:
+        known = {address: VirtualIP(ipaddress.ip_interface(address)) for address in states} | vips
+        with contextlib.suppress(OSError):
+            self.network.clear({vip.bound for vip in known.values()})  # an earlier process had another one?
+        number, password = saved.get("session") or (None, "")
+        self.referee.start((number, bytes.fromhex(password)) if number else None, self._record())
+        for ip in [ip for ip, ours in self.kernel.addresses.items() if ours]:
+            if (vip := known.get(str(ip.ip))) is None:
                 log.warning("%s was left by an earlier process and is not configured: removed", ip)
-                self._unbind(ip)
-        if self.coordinator:  # first: it connects while the frames are built
-            number, password = saved.get("session") or (None, "")
-            session = (number, bytes.fromhex(password)) if number else None
-            self.coordinator.start(session, self._record())
-            for address in set(states) - set(vips):  # the session may still have its lock
-                self.coordinator.forget(address)
-        for vip in vips.values():
-            self._manage(vip, states.get(vip.address, State.FAILING))
-        for ip in filter(self._kernel.get, gone):
-            log.info("vip=%s is not configured any more", ip)
-            self._manage(VirtualIP(ip), states[str(ip.ip)]).intent = Intent.DELETE
+            elif ip != vip.bound:  # an earlier version bound it with its prefix length: never none of both
+                with contextlib.suppress(OSError):
+                    self.network.add(vip.bound, self.lifetime)
+                    self.kernel.addresses[vip.bound] = True
+            if vip is None or ip != vip.bound:
+                self.unbind(ip)
+        for address, vip in known.items():
+            managed = self._manage(vip, states.get(address, State.FAILING))
+            if address not in vips:
+                log.info("vip=%s is not configured any more", vip.ip)
+                managed.intent = Intent.DELETE  # its lock may still be ours: another host goes first
         self._find_witnesses()
-        if self._link.trouble:
-            log.warning("%s", self._link.trouble if self._link.number else f"waiting for {self.config.interface}")
-        self._tick()
-        self._ping()
+        if self.kernel.link.trouble:
+            log.warning("%s", self.kernel.link.trouble)
 
     def run(self) -> None:
         """Go round until stopped."""
-        poll = select.poll()
-        known: set[int] = set()
-        expected = float("inf")
+        threading.Thread(target=self._watchdog, daemon=True, name="watchdog").start()
+        expected = math.inf
         while not self.turn(expected):
-            files = {self._wake, *self.network.files()}
-            for gone in known - files:
-                with contextlib.suppress(KeyError):
-                    poll.unregister(gone)
-            for file in files:
+            expected, poll = self.expected, select.poll()
+            for file in (self.loop.wake, *self.network.files()):  # those of the network may be others each time
                 poll.register(file, select.POLLIN)
-            known = files
-            expected = min(self._timers[0][0] if self._timers else float("inf"), self.prober.due)
-            poll.poll(max(0.0, expected - self.clock.now()) * 1000 if expected < float("inf") else None)
+            poll.poll(max(0.0, expected - self.clock.now()) * 1000 if expected < math.inf else None)
+        self.loop.turns = -1
+
+    @property
+    def expected(self) -> float:
+        """When the loop is to go round again at the latest."""
+        loop, ips = self.loop, min(self.loop.due.values(), default=math.inf)
+        return max(loop.now, min(ips, loop.tick_at, loop.save_at, self.wire.due, self.referee.due, self.kernel.due))
 
     def turn(self, expected: float) -> bool:
         """One round: hear, then act. True when the agent has stopped."""
-        now = self.clock.now()
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._wake)
-        if now - expected > LATE:
-            self._was_late(now - expected)
-        for heard in self.network.receive():
-            self._heard(heard)
-        if self.network.changed() or now - self._synced_at > 5:
-            self._refresh()
-        self._serve_queue()
-        while self._timers and self._timers[0][0] <= now:
-            _, _, function, args = heapq.heappop(self._timers)
-            function(*args)
+        loop = self.loop
+        loop.now, loop.turns = now, _ = self.clock.now(), loop.turns + 1
+        if now - expected > TICK:
+            log.warning("the loop was %.1f s late: looking again before acting", now - expected)
+            self.network.receive(1 << 16)  # heard while nobody listened: too old to mean anything
+            self._distrust()
+        frames, more = self.network.receive()
+        for heard in frames:
+            self._hear(heard)
+        self._sync()
+        loop.serve()
+        if loop.filters:
+            loop.filters = False
+            self.network.hear_only({*self.vips, *self.wire.known()})
+        if now >= loop.tick_at:
+            loop.tick_at = now + TICK
+            self.news(*self.vips)
+            self.wire.meet()
+            notify("WATCHDOG=1")
+        if now >= loop.save_at:
+            self.save(now=False)
+        self.referee.tick(now)
         self._settle()
-        if self.prober.due <= now:
-            self._dirty.update(managed.vip.address for managed in self.prober.run(now))
-            if self.prober.suspects and self.coordinator:
-                self.coordinator.sync()
-            self.prober.suspects = False
+        if self.wire.due <= now and not more:  # who has answered may be among those that are still to be read
+            self.news(*self.wire.run(now))
+            if self.wire.suspects:
+                self.referee.ask()
+                self.wire.suspects = False
             self._settle()
-        return self._stopped(now)
-
-    def _serve_queue(self) -> None:
-        """What other threads posted; in slices, so that the wire is heard meanwhile."""
-        began = self.clock.now()
-        while not self._queue.empty():
-            function, args = self._queue.get()
-            function(*args)
-            if self.clock.now() - began >= SLICE:
-                return self.at(began, lambda: None)
+        return self._stopped()
 
     def _settle(self) -> None:
-        """Decide again for every VIP about which something is new; in slices, so that the wire is heard meanwhile."""
-        began = self.clock.now()
-        while self._dirty and self.clock.now() - began < SLICE:
-            managed = self.vips.get(self._dirty.pop())
-            if managed:
-                self._reconcile(managed)
-        if self._dirty:
-            self.at(began, lambda: None)
-        if self._rearrange:
-            self._rearrange = False
-            self.prober.arrange(((m, *m.look) for m in self.vips.values()), self.clock.now())
+        """Decide again for every IP whose time has come; in slices, so that the wire is heard meanwhile."""
+        loop = self.loop
+        for _, address in sorted((when, address) for address, when in loop.due.items() if when <= loop.now):
+            del loop.due[address]
+            if vip := self.vips.get(address):
+                again = vip.reconcile(loop.now)
+                loop.due[address] = min(again, loop.due.get(address, math.inf))  # what it did may be news
+            if self.clock.now() - loop.now >= SLICE:
+                break
 
-    def _was_late(self, by: float) -> None:
-        log.warning("the loop was %.1f s late: looking again before acting", by)
-        for _ in self.network.receive():
-            pass  # heard while nobody listened: too old to mean anything
-        self.prober.distrust()
-        self._distrust()
+    def news(self, *addresses: str) -> None:
+        """Decide again for these; who has waited for longest comes first."""
+        for address in addresses:
+            self.loop.due[address] = min(self.loop.now, self.loop.due.get(address, math.inf))
 
     def _distrust(self) -> None:
         """What we remember may be old (late loop, link up): ask ZooKeeper and the wire before acting on it."""
-        self._trust_after = self.clock.now()
-        self._verify(self.vips.values())
-        self._dirty.update(self.vips)
-        if self.coordinator:
-            self.coordinator.ping()
+        self.loop.distrusted = self.loop.now
+        self.wire.distrust()
+        self.referee.distrust()
+        self.news(*self.vips)
 
-    def _verify(self, doubtful: Iterable[Managed]) -> None:
-        for managed in doubtful:
-            if self._bound(managed):
-                managed.verify = True
-                self.prober.restart(managed)
-                self._dirty.add(managed.vip.address)
+    def _watchdog(self) -> None:
+        """A loop that hangs while kazoo keeps the session keeps every lock: end the process, its stacks in the log.
 
-    def _tick(self) -> None:
-        self._dirty.update(self.vips)
-        if self.coordinator:
-            self.coordinator.retry()
-        notify("WATCHDOG=1")
-        self.at(self.clock.now() + TICK, self._tick)
+        By turns, not by the clock: a process that was stopped is not one that hangs. The next one adopts what is there.
+        """
+        pause, turns, strikes = threading.Event(), -1, 0
+        while strikes < max(2, self.referee.timeout):
+            pause.wait(TICK)
+            strikes, turns = (strikes + 1 if turns == self.loop.turns else 0), self.loop.turns
+            if turns < 0:  # it has ended
+                return
+        faulthandler.dump_traceback()
+        os._exit(1)
 
-    def _ping(self) -> None:
-        """Keep the lease clock wound: several times within each session timeout."""
-        if self.coordinator:
-            self.coordinator.ping()
-            if self.config.at_most_one:
-                self.at(self.clock.now() + 0.05, self._refresh_lifetimes)  # when the answer is there
-            self.at(self.clock.now() + max(0.1, self.coordinator.timeout / 8), self._ping)
+    def busy(self) -> bool:
+        """Whether somebody waits for an order, or for the disk."""
+        return bool(self.loop.changes) or any(vip.orders for vip in self.vips.values())
 
-    def _save_session(self, now: bool = False) -> None:
-        """Soon, and once for many changes."""
-        if not now:
-            if self._save_at is None:
-                self._save_at = self.clock.now() + 0.05 + len(self.vips) / 1000
-                self.at(self._save_at, self._save_session, True)
-            return
-        self._save_at = None
-        session = self.coordinator.session if self.coordinator else None
+    def save_soon(self) -> None:
+        """Once for many changes."""
+        self.loop.save_at = min(self.loop.save_at, self.loop.now + LINGER + len(self.vips) / 1000)
+
+    def save(self, now: bool = True) -> None:
+        """Write down what a restart adopts; `now`: wait for it."""
+        self.loop.save_at, session = math.inf, self.referee.session
         content = {
             "session": [session[0], session[1].hex()] if session and not self.stopping else None,
-            "addresses": [str(ip) for ip, ours in self._kernel.items() if ours],
-            "states": {address: m.state.value for address, m in self.vips.items()},
-            "hosts": {host: record._asdict() for host, record in self._peers.items()},
-            "macs": self._macs,
+            "states": {address: vip.state.value for address, vip in self.vips.items()},
+            "hosts": {host: record._asdict() for host, record in self.peers.items()},
+            "macs": self.macs,
         }
-        self.store.save_session(content)
+        self.store.save_session(content, now=now)
 
-    # -- facts -----------------------------------------------------------------
+    # -- the world outside -----------------------------------------------------------------------------
 
-    def _bound(self, managed: Managed) -> bool:
-        return self._kernel.get(managed.vip.ip, False)
-
-    def _contenders(self, managed: Managed) -> tuple[Contender, ...]:
-        return (self.coordinator.queue(managed.vip.address) or ()) if self.coordinator else ()
-
-    def _mine(self, contender: Contender) -> bool:
-        session = self.coordinator.session if self.coordinator else None
-        return session is not None and contender.session == session[0]
-
-    def _lock(self, managed: Managed) -> Lock:
-        """The lock by our own lease clock (kazoo does not notice the end of a session while it is cut off)."""
-        c = self.coordinator
-        if c is None or self.clock.now() - c.confirmed_at > c.timeout:
-            return Lock.UNKNOWN
-        contenders = c.queue(managed.vip.address)
-        if contenders and self._mine(contenders[0]):
-            doubts = managed.intent is Intent.RUN and not self.config.at_most_one
-            since = max(self._trust_after, managed.doubted_at if doubts else float("-inf"))
-            return Lock.MINE if c.confirmed_at >= since else Lock.WAITING
-        if contenders is None or not c.connected or c.confirmed_at < self._trust_after:
-            return Lock.WAITING
-        return Lock.OTHER if contenders else Lock.NOBODY
-
-    def _wire(self, managed: Managed) -> Wire:
-        hearing, asked_enough = managed.hearing, managed.hearing.misses >= self.config.probe_count
-        if not self.config.probe_count or not self._link.arp or managed.frames is None:
-            return Wire.BLIND
-        if self._bound(managed):
-            first = self._contenders(managed)[:1]
-            foreign = managed.term and first and first[0].host not in {*self._peers, UNKNOWN_HOST}
-            if foreign:  # the lock is another program's: nobody will answer
-                return Wire.BLIND
-            hears = self._hears() or self.clock.now() - self._heard_at <= RIVAL_FRESH
-            silence = (Wire.SILENT if hears else Wire.BLIND) if asked_enough else Wire.LOOKING
-            return Wire.ANSWERED if self._heard_now(managed) else silence
-        all_asked = bool(hearing.mac) or not managed.look[1]  # not only a holder that has yet to bind it
-        if asked_enough and all_asked and self._last_resort(managed) and self._not_deaf(managed):
-            return Wire.SILENT
-        return Wire.ANSWERED if hearing.mac and not asked_enough else Wire.LOOKING
-
-    def _heard_now(self, managed: Managed) -> bool:
-        """Whether another host has the VIP; where we let go of it, only what was heard since then counts."""
-        now, hearing = self.clock.now(), managed.hearing
-        asked = managed.intent is not Intent.RUN
-        since = managed.letting_go if managed.letting_go is not None else now
-        early = 0.0 if asked else 0.03  # a new holder may be heard that much before ZooKeeper names it
-        lets_go = asked or self._lock(managed) is Lock.OTHER
-        return hearing.fresh(now) and (not lets_go or hearing.at >= since - early)
-
-    def _not_deaf(self, managed: Managed) -> bool:
-        """Without ZooKeeper: who hears no witness and not one frame is deaf, or alone. Then it does not matter soon."""
-        now, contenders = self.clock.now(), self._contenders(managed)
-        hears = now - self._heard_at <= 1.0 or self._hears(contenders[0].host if contenders else "")
-        return hears or now - max(managed.hearing.at, self._began_at) > ALONE
-
-    def _hears(self, accused: str = "") -> bool:
-        """Whether this host can hear at all: a witness other than the accused answered just now, or there is none."""
-        biased = self._peers[accused].addresses if accused in self._peers else ()
-        times = [heard for address, heard in self._witnesses.items() if address not in biased]
-        return not times or self.clock.now() - max(times) <= self.config.probe_interval * (self.config.probe_count + 4)
-
-    def _outranked(self, managed: Managed, lock: Lock) -> bool:
-        """Of two binders without a confirmed lock the higher MAC yields; so does who came late, or is not believed."""
-        hearing, now = managed.hearing, self.clock.now()
-        if lock is Lock.MINE or not self._bound(managed) or not hearing.fresh(now):
-            return False
-        # Two must not yield together: at once who came late, then the higher MAC, last the lower one.
-        # With ZooKeeper there, who was heard first thing after binding may have been letting go for us.
-        stays = lock is Lock.UNKNOWN or hearing.at - managed.bound_at >= 2 * LINGER
-        higher, late = self._link.mac > hearing.mac, stays and now - managed.bound_at < RIVAL_FRESH
-        patience = RIVAL_STAYS + 0.25
-        if higher:
-            patience = RIVAL_STAYS if lock is Lock.WAITING else 0.0 if late else RIVAL_STAYS / 2
-        return managed.verify or hearing.at - hearing.rival_since >= patience
-
-    def _accused(self, managed: Managed) -> bool:
-        """All the rules under which a standby may declare the holder dead. Without a carrier it is none: it FAILS."""
-        contenders, config = self._contenders(managed), self.config
-        return (
-            managed.hearing.misses >= config.probe_count > 0
-            and bool(managed.hearing.mac)  # it answered this host in this term
-            and len(contenders) > 1
-            and self._mine(contenders[1])
-            and contenders[0].host in self._peers
-            and not config.at_most_one
-            and self.clock.now() >= managed.quiet_until
-            and self._hears(contenders[0].host)
-        )
-
-    def _last_resort(self, managed: Managed) -> bool:
-        """A failing host waits for its checks' verdict, and a second more, so that a healthy one goes first.
-
-        Of several the one with the lowest MAC goes first, and the others hear it in time.
-        """
-        rank = sum(record.mac < _mac_text(self._link.mac) for record in self._peers.values() if record.mac)
-        judged = all(probe.ok or probe.fails >= self.config.health_check_fall for probe in managed.probes)
-        silent_since = max(managed.hearing.at, self._began_at)
-        return managed.state is not State.FAILING or (judged and self.clock.now() - silent_since > 1.0 + 0.3 * rank)
-
-    def _healthy(self, managed: Managed) -> str:
-        """'' or why this host cannot serve the IP."""
-        if self._link.trouble:
-            return self._link.trouble
-        if self._kernel.get(managed.vip.ip) is False:
-            return "this host has the address for itself"
-        if managed.bind_error and self.clock.now() < managed.bind_at:
-            return f"cannot bind: {managed.bind_error}"
-        return next((probe.reason for probe in managed.probes if not probe.ok), "")
-
-    def _doubtful(self, managed: Managed) -> bool:
-        now = self.clock.now()
-        return any(probe.fails for probe in managed.probes) and now - (managed.doubts_since or now) < DOUBTS
-
-    def facts(self, managed: Managed) -> Facts:
-        """Everything that decide() is told."""
-        lock = self._lock(managed)
-        letting_go = managed.letting_go
-        return Facts(
-            lock=lock,
-            wire=self._wire(managed),
-            healthy=not self._healthy(managed),
-            intent=managed.intent,
-            bound=self._bound(managed),
-            outranked=self._outranked(managed, lock),
-            successor=any(not self._mine(c) for c in self._contenders(managed)),
-            overdue=letting_go is not None and self.clock.now() - letting_go >= self.config.handover_timeout,
-            accused=self._accused(managed),
-            doubtful=self._doubtful(managed),
-            on_fault=self.config.on_fault,
-            at_most_one=self.config.at_most_one,
-        )
-
-    # -- decisions carried out -------------------------------------------------
-
-    def _reconcile(self, managed: Managed) -> None:
-        """The one place from which anything is bound, unbound, joined or left."""
-        self._note_term(managed)
-        decision = decide(managed.state, self.facts(managed))
-        while decision.event is not None:
-            self._enter(managed, decision.event, decision.reason)
-            decision = decide(managed.state, self.facts(managed))
-        unhealthy = self._healthy(managed)
-        managed.reason = f"{decision.reason} ({unhealthy})" if unhealthy else decision.reason
-        self._contend(managed, decision.contend)
-        self._check_again(managed)
-        if decision.accuse:
-            self._accuse(managed)
-        if managed.taking:
-            self._take_over(managed)
-        self._watch_letting_go(managed)
-        self._apply(managed, decision.wanted)
-        self._finish(managed)
-        self._end_verify(managed)
-        look = self._look(managed)
-        if look != managed.look:
-            if managed.look[1] and not look[1]:  # one host did not answer; now all are asked
-                self.prober.restart(managed)
-            managed.look, self._rearrange = look, True
-
-    def _end_verify(self, managed: Managed) -> None:
-        """Confirmed, or nobody else answers any more: the address is ours to announce."""
-        sure = self._lock(managed) is Lock.MINE or managed.hearing.misses >= self.config.probe_count
-        if (managed.verify or managed.rivalled) and sure and self._bound(managed):
-            managed.verify = managed.rivalled = False
-            self._announce(managed)
-
-    def _enter(self, managed: Managed, event: Event, reason: str) -> None:
-        old, managed.state = managed.state, step(managed.state, event)
-        if managed.state is not old:
-            unhealthy = self._healthy(managed)
-            why = f"{reason}: {unhealthy}" if unhealthy else reason
-            managed.since = self.clock.stamp()
-            log.info("vip=%s %s -> %s (%s: %s)", managed.vip.ip, old.value, managed.state.value, event.value, why)
-            self._save_session()
-
-    def _note_term(self, managed: Managed) -> None:
-        """A new holder has not answered yet: only what is heard from it from now on can fall silent."""
-        contenders = self._contenders(managed)
-        term = contenders[0].node if contenders and not self._mine(contenders[0]) else ""
-        if term != managed.term:
-            lost = bool(managed.term == "" and managed.state is State.ACTIVATED)
-            managed.term, hearing, now = term, managed.hearing, self.clock.now()
-            if term and not (hearing.fresh(now) and hearing.mac.hex(":") == self._mac_of(contenders[0].host)):
-                managed.hearing = Hearing()
-            if lost and managed.intent is Intent.RUN:
-                managed.quiet_until = max(managed.quiet_until, now + 1.0)  # who lost its lock does not accuse back
-
-    def _mac_of(self, host: str) -> str:
-        return self._peers[host].mac if host in self._peers else ""
-
-    def _contend(self, managed: Managed, contend: bool) -> None:
-        """Join the queue, or leave it. An empty one belongs to who has the IP: who hears that host lets it go first."""
-        c, now = self.coordinator, self.clock.now()
-        contenders = c.queue(managed.vip.address) if c and c.connected else None
-        yields = contend and contenders == () and not self._bound(managed) and self._wire(managed) is Wire.ANSWERED
-        managed.empty_since = (managed.empty_since or now) if yields else None
-        if c is None or contenders is None:
+    def _hear(self, heard: Heard) -> None:
+        vip, now = self.vips.get(heard.address), self.loop.now
+        if heard.mac == self.kernel.link.mac:
             return
-        if any(self._mine(contender) for contender in contenders):
-            if not contend:
-                c.leave(managed.vip.address)
-        elif contend and (managed.empty_since is None or now - managed.empty_since >= JOIN_LATER):
-            c.join(managed.vip.address)
+        known = not self.macs or heard.mac.hex(":") in self.macs.values()
+        fresh = vip is not None and (known or heard.broadcast) and self.wire.view(heard.address, now).heard > TICK
+        if vip and heard.kind is Kind.CLAIM and vip.lets_go(heard.mac, now):
+            return
+        news = self.wire.hear(heard, known, now)
+        if not vip or not (known or heard.kind is Kind.CLAIM):
+            return
+        vip.hear(heard, known, fresh, now)
+        if news or vip.bound or heard.kind in (Kind.GIVE, Kind.WANT):
+            self.news(heard.address)
+        if fresh and vip.bound and heard.kind is Kind.CLAIM:  # who has one of our addresses may have them all
+            others = (each for each in self.vips.values() if each.bound and each is not vip)
+            unsure = [each.vip.address for each in others if each.lock(now).lock is not Lock.MINE]
+            self.wire.ask(address for address in unsure if self.wire.view(address, now).heard > TICK)
 
-    def _accuse(self, managed: Managed) -> None:
-        holder, mine = self._contenders(managed)[:2]
-        log.warning("vip=%s %s fell silent: taking over its lock", managed.vip.ip, holder.host)
-        if self.clock.now() - managed.took_at > BACKOFF[1]:
-            managed.backoff = BACKOFF[0]
-        managed.took, managed.took_at = (holder.session, holder.node), self.clock.now()
-        if self.coordinator:
-            self.coordinator.take(managed.vip.address, mine, [holder])
-            self.coordinator.sync()  # unless it was asked with the first miss, and has not answered since
-            asked_at = self.coordinator.syncing_since or managed.took_at
-            managed.quiet_until = max(managed.took_at + 0.01, asked_at + ANSWER)
-            self.at(managed.quiet_until, self._hurry, managed, asked_at)
+    def referee_news(self, address: str) -> None:
+        """ZooKeeper has news: of one address, or ('') of the session or the hosts."""
+        if address:
+            return self.news(address)
+        others = {host: record for host, record in self.referee.records.items() if host != self.config.hostname}
+        queued = {c.host for vip in self.vips.values() for c in vip.lock(self.loop.now).queue}
+        peers = {host: record for host, record in self.peers.items() if host in queued} | others  # holes in its record
+        if self.config.hostname in self.referee.records and peers != self.peers:
+            self.peers, macs = peers, {host: record.mac for host, record in others.items() if record.mac}
+            self.macs = dict([each for each in self.macs.items() if each[0] not in macs][-HOSTS:]) | macs
+            self._find_witnesses()
+        self.save(now=False)  # at once: who is killed right after it has connected is to find its session again
+        self.news(*self.vips)
 
-    def _hurry(self, managed: Managed, asked_at: float) -> None:
-        """ZooKeeper's server may have died with the holder: without an answer go on by `fault`, and try another one."""
-        c = self.coordinator
-        if c is not None and c.connected and c.syncing_since == asked_at:
-            self._dirty.add(managed.vip.address)
-            if self._trust_after < asked_at:  # else another VIP of that holder was first
-                self._trust_after = self.clock.now()
-                log.warning("ZooKeeper's server does not answer: trying another one")
-                c.drop()
+    def _find_witnesses(self) -> None:
+        """Other contenders' own addresses, the gateways on this interface, and what the operator names."""
+        found = set(self.config.witness_addresses)
+        if self.kernel.link.number:
+            found.update(self.network.gateways())
+        found.update(address for record in self.peers.values() for address in record.addresses)
+        if self.wire.witnesses(found - self.kernel.foreign):
+            self.loop.tick_at = -math.inf  # to meet them, once the kernel lets their answers through
+        self.loop.filters = True
 
-    def _take_over(self, managed: Managed) -> None:
-        """POST lock: once our node is in the queue, all nodes ahead of it go, in one transaction."""
-        contenders = self._contenders(managed)
-        place = next((i for i, contender in enumerate(contenders) if self._mine(contender)), None)
-        if place is not None:
-            managed.taking = False
-            if place and self.coordinator:
-                self.coordinator.take(managed.vip.address, contenders[place], contenders[:place])
+    def _record(self) -> Record:
+        own = tuple(sorted(self.kernel.own.values()))
+        return Record(self.kernel.link.mac.hex(":"), own, boot_id())
 
-    def _watch_letting_go(self, managed: Managed) -> None:
-        """Time the wait to be relieved, and look again when it is over."""
-        waits = self._bound(managed) and (
-            self._lock(managed) is Lock.OTHER or managed.intent in (Intent.HAND_OVER, Intent.DELETE, Intent.STOP)
-        )
-        if not waits:
-            managed.letting_go = None
-        elif managed.letting_go is None:
-            managed.letting_go = self.clock.now()
-            self.prober.restart(managed)
-            self.at(managed.letting_go + self.config.handover_timeout, self._dirty.add, managed.vip.address)
-
-    def _look(self, managed: Managed) -> tuple[Look, bytes]:
-        """How to watch this VIP on the wire now."""
-        if not self.config.probe_count or not self._link.arp or self.config.at_most_one:
-            return Look.NONE, b""
-        lock, hearing = self._lock(managed), managed.hearing
-        if self._bound(managed):
-            if lock is Lock.OTHER or managed.verify or (lock is not Lock.MINE and hearing.fresh(self.clock.now())):
-                return Look.ALL, b""
-            return (Look.NONE if lock is Lock.MINE and not hearing.fresh(self.clock.now()) else Look.DOUBT), b""
-        return self._look_for_holder(managed, lock)
-
-    def _look_for_holder(self, managed: Managed, lock: Lock) -> tuple[Look, bytes]:
-        hearing, contenders = managed.hearing, self._contenders(managed)
-        first = len(contenders) > 1 and self._mine(contenders[1])
-        if lock in (Lock.UNKNOWN, Lock.MINE) or (lock is Lock.NOBODY and managed.state is State.FAILING):
-            if hearing.mac:
-                return Look.FAST, hearing.mac
-            return (Look.ALL if hearing.misses < self.config.probe_count else Look.SLOW), b""
-        if hearing.mac and first:
-            return Look.FAST, hearing.mac
-        mac = hearing.mac or bytes.fromhex(self._mac_of(contenders[0].host).replace(":", "") if contenders else "")
-        return (Look.MEET if first and mac else Look.SLOW), mac
-
-    def _apply(self, managed: Managed, wanted: bool) -> None:
-        """Bind, then announce; cancel announcements, then unbind."""
-        ip, bound = managed.vip.ip, self._bound(managed)
-        if wanted or not bound:
-            if bound and managed.unwanted_since < float("inf"):
-                managed.rivalled = True  # its successor is gone again: the clients must be called back
-                self.network.send(managed.frames.announce if managed.frames else ())
-            managed.unwanted_since = float("inf")
-        free = self._link.number and ip not in self._kernel
-        if wanted and not bound and free and self.clock.now() >= managed.bind_at:
-            if (not self.config.at_most_one or self._in_time()) and self._bind(managed):
-                managed.hearing = Hearing()
-                if ip.version == 4:
-                    self._announce(managed)
-                else:  # its route follows its tentative flag by a moment
-                    self.at(self.clock.now() + 0.01, self._announce, managed)
-        elif bound and not wanted:
-            managed.schedule += 1
-            managed.verify = managed.rivalled = False
-            now = self.clock.now()
-            managed.unwanted_since = min(managed.unwanted_since, now)
-            # IPv6: what was heard may be a kernel's answer, some milliseconds before its agent announces the address.
-            stays_until = managed.unwanted_since + LINGER * (3 if ip.version == 6 else 1)
-            if managed.letting_go is not None and now < stays_until and not self.config.at_most_one:
-                self.at(stays_until, self._dirty.add, managed.vip.address)
-                return
-            log.info("vip=%s unbound (%s)", ip, managed.reason)
-            self._unbind(ip)
-
-    def _bind(self, managed: Managed) -> bool:
+    def _sync(self) -> None:
+        """Take in the kernel's view, if it may have changed. An error is not absence: the last view stays."""
+        began, old = self.clock.now(), self.kernel
+        if self.network.changed():  # only a hint
+            old.due = min(old.due, old.again)
+        if began < old.due:
+            return
         try:
-            self.network.add(managed.vip.ip, self._lifetime())
+            link, addresses, own = self.network.sync()
         except OSError as error:
-            managed.bind_fails += 1
-            managed.bind_error = str(error)
-            managed.bind_at = self.clock.now() + min(30.0, 2.0 ** (managed.bind_fails - 1))
-            level = logging.WARNING if managed.bind_fails == 1 else logging.DEBUG
-            log.log(level, "vip=%s cannot be bound: %s", managed.vip.ip, error)
-            self._dirty.add(managed.vip.address)
-            return False
-        if managed.bind_fails:
-            log.info("vip=%s can be bound again, after %d failures", managed.vip.ip, managed.bind_fails)
-        managed.bind_fails, managed.bind_error, managed.bind_at = 0, "", float("-inf")
-        self._kernel[managed.vip.ip], managed.bound_at = True, self.clock.now()
-        log.info("vip=%s bound on %s (%s)", managed.vip.ip, self.config.interface, managed.reason)
-        self._save_session()
-        return True
+            log.log(logging.DEBUG if old.error else logging.WARNING, "%s: %s", self.config.interface, error)
+            old.error, old.due, old.again = str(error), began + TICK, began + TICK
+            return
+        again = began + min(TICK, 10 * (self.clock.now() - began))
+        foreign = frozenset(str(ip.ip) for ip, ours in addresses.items() if not ours)
+        self.kernel = _Kernel(link, addresses, own, foreign, began + 5 * TICK, again)
+        for address, vip in self.vips.items():
+            was, there = old.addresses.get(vip.vip.bound), addresses.get(vip.vip.bound)
+            if was and not there and link.number:
+                by = "somebody else, or its lifetime has ended" if self.config.at_most_one else "somebody else"
+                log.warning("vip=%s was removed by %s", vip.vip.ip, by)
+            if was != there:
+                self.news(address)
+        if (link, own) != (old.link, old.own):
+            self._link_changed(old.link)
+        self._find_witnesses()  # routes come and go without a word
 
-    def _unbind(self, ip: Address) -> None:
+    def _link_changed(self, old: Link) -> None:
+        link = self.kernel.link
+        if link.trouble != old.trouble and (old.number or link.trouble):
+            log.warning("%s", link.trouble or f"{self.config.interface} is up")
+        self.wire.use(link.mac, self.kernel.own)
+        self.referee.publish(self._record())
+        if link.up and not old.up and old.number:
+            self._distrust()
+        elif link.mac != old.mac:
+            for vip in self.vips.values():
+                vip.announce_anew(self.loop.now)
+        self.news(*self.vips)
+
+    def unbind(self, ip: Address) -> None:
+        """Remove it from the interface."""
         try:
             self.network.remove(ip)
         except OSError as error:
             log.error("%s cannot be removed: %s", ip, error)
             return
-        self._kernel.pop(ip, None)
-        self._save_session()
+        self.kernel.addresses.pop(ip, None)
+        self.news(str(ip.ip))
+        self.save_soon()
 
-    def _lifetime(self) -> int:
-        """At most one: the kernel's own deadline, in whole seconds, over before the session is."""
-        return max(1, int(self.coordinator.timeout * 0.75 - 0.6)) if self.config.at_most_one and self.coordinator else 0
+    @property
+    def lifetime(self) -> int:
+        """At most one: the kernel's own deadline, in whole seconds, over before the session is; 0: none."""
+        return max(1, int(self.referee.timeout * 0.75 - 0.6)) if self.config.at_most_one else 0
 
-    def _in_time(self) -> bool:
+    def in_time(self, now: float) -> bool:
         """Whether a lifetime begun now ends, with 0.6 s of slack for the kernel's timer, before the session can."""
-        c = self.coordinator
-        return c is not None and self.clock.now() - c.confirmed_at <= c.timeout - self._lifetime() - 0.6
+        return self.referee.age(now) <= self.referee.timeout - self.lifetime - 0.6
 
-    def _refresh_lifetimes(self) -> None:
-        self._dirty.update(self.vips)
-        for managed in self.vips.values() if self._in_time() else ():
-            if self._bound(managed) and managed.state is State.ACTIVATED and self._lock(managed) is Lock.MINE:
-                with contextlib.suppress(OSError):
-                    self.network.add(managed.vip.ip, self._lifetime())
+    # -- the registry ------------------------------------------------------------------------------------
 
-    # -- announcements ---------------------------------------------------------
-
-    def _announce(self, managed: Managed) -> None:
-        """Begin the schedule anew; at its end where an earlier process has been through it."""
-        managed.schedule += 1
-        if not managed.adopted:
-            self._announce_next(managed, managed.schedule, 0)
-        elif self.config.announce_interval:
-            pause = self.config.announce_interval * random.random()
-            self.at(self.clock.now() + pause, self._announce_next, managed, managed.schedule, len(ANNOUNCE_AT))
-        managed.adopted = False
-
-    def _announce_next(self, managed: Managed, schedule: int, sent: int) -> None:
-        if schedule != managed.schedule or not self._bound(managed) or managed.frames is None:
-            return
-        lock, now = self._lock(managed), self.clock.now()
-        unsure = lock is not Lock.MINE
-        if managed.intent is not Intent.RUN or lock is Lock.OTHER:
-            pass  # who lets go does not call the clients back
-        elif unsure and ALONE / 2 < now - self._heard_at < float("inf"):
-            self._muted.add(managed.vip.address)  # maybe this host is deaf: who follows it would be lost
-        elif unsure and managed.hearing.fresh(now) and managed.hearing.misses < self.config.probe_count:
-            pass  # a rival: the winner's words are _defend's
-        elif not self.network.ready(managed.vip.ip):
-            self.at(self.clock.now() + 0.005, self._announce_next, managed, schedule, sent)
-            return
-        elif not managed.verify:
-            # Later ones also ask: a killed agent's kernel may still have the address, and clients must follow us.
-            self.network.send((*managed.frames.announce, managed.frames.ask_all)[: None if sent > 1 else -1])
-        pause = self.config.announce_interval * random.uniform(0.9, 1.1)
-        if sent + 1 < min(self.config.announce_count, len(ANNOUNCE_AT)):
-            pause = ANNOUNCE_AT[sent + 1] - ANNOUNCE_AT[sent]
-        if pause:
-            self.at(self.clock.now() + pause, self._announce_next, managed, schedule, sent + 1)
-
-    def _defend(self, managed: Managed) -> None:
-        """Answer a rival's claim at once and have the last word, when it must have yielded; then pause for a second.
-
-        RFC 5227, section 2.4, asks for such restraint.
-        """
-        now = self.clock.now()
-        if now - managed.defended_at >= 1.0:
-            managed.defended_at = now
-            for pause in (0.0, 0.1, RIVAL_STAYS / 2 + 0.05, RIVAL_STAYS + 0.2):
-                self.at(now + pause, self._say, managed)
-
-    def _say(self, managed: Managed) -> None:
-        holds = managed.state is State.ACTIVATED and managed.intent is Intent.RUN  # who lets go does not defend
-        ready = self._bound(managed) and self.network.ready(managed.vip.ip)
-        if holds and ready and managed.frames and not managed.verify:
-            self.network.send(managed.frames.announce)
-
-    # -- what comes in ---------------------------------------------------------
-
-    def _heard(self, heard: Heard) -> None:
-        if heard.mac == self._link.mac:
-            return
-        self._heard_at = self.clock.now()
-        if self._muted:
-            self._verify([self.vips[address] for address in self._muted if address in self.vips])
-            self._muted.clear()
-        if heard.address in self._witnesses and not heard.asks:
-            self._witnesses[heard.address] = self.clock.now()
-        managed = self.vips.get(heard.address)
-        if managed is None:
-            return
-        contender = not self._macs or _mac_text(heard.mac) in self._macs.values()
-        if heard.asks:
-            rival = contender and heard.broadcast and heard.mac < self._link.mac
-            if rival and not self._bound(managed) and self.prober.about_to_claim(managed):
-                self.prober.restart(managed)
-            if contender and heard.broadcast and self._bound(managed):
-                self._suspect_all(self.clock.now())
-                if self._wins(managed, heard.mac):
-                    self._defend(managed)
-            return
-        if managed.intent is Intent.RUN and self._bound(managed):
-            self._count_conflict(managed, heard.mac, contender)
-        if contender:
-            self._note_heard(managed, heard.mac)
-
-    def _note_heard(self, managed: Managed, mac: bytes) -> None:
-        now, hearing = self.clock.now(), managed.hearing
-        news = hearing.mac != mac or hearing.misses or not hearing.fresh(now)
-        if hearing.mac != mac:
-            hearing.since = self.clock.stamp()
-            log.debug("vip=%s heard from %s", managed.vip.ip, _mac_text(mac))
-        if now - hearing.at > 1.5 * RIVAL_FRESH:
-            hearing.rival_since = now
-        hearing.mac, hearing.at, hearing.misses, hearing.pending = mac, now, 0, False
-        if news or self._bound(managed):
-            self._dirty.add(managed.vip.address)
-
-    def _count_conflict(self, managed: Managed, mac: bytes, contender: bool) -> None:
-        """Somebody else has an address that is bound here and to stay."""
-        now = self.clock.now()
-        if now - managed.rival_at > 10 * RIVAL_FRESH or managed.rival != _mac_text(mac):
-            managed.rival = _mac_text(mac)
-            self.at(now + 0.2, self._tell_conflict, managed, managed.rival, contender)
-        managed.rival_at = now
-        if not managed.hearing.fresh(now):
-            self._suspect_all(now)
-            managed.doubted_at = now
-            if self.coordinator:
-                self.coordinator.ping()
-                self.at(now + 0.02, self._dirty.add, managed.vip.address)
-        managed.rivalled = managed.rivalled or (contender and self._lock(managed) is not Lock.MINE)
-        if not contender or self._wins(managed, mac):
-            self._defend(managed)
-
-    def _tell_conflict(self, managed: Managed, mac: str, contender: bool) -> None:
-        """Unless the lock, which may be told of a moment later than heard, or an order explains it."""
-        if managed.intent is Intent.RUN and self._lock(managed) is not Lock.OTHER:
-            managed.conflicts, managed.conflict_mac = managed.conflicts + 1, mac
-            level, who = (logging.INFO, "a contender") if contender else (logging.WARNING, "a foreign host")
-            log.log(level, "vip=%s is also answered for by %s (%s)", managed.vip.ip, mac, who)
-
-    def _wins(self, managed: Managed, rival: bytes) -> bool:
-        """Whether this host has the better claim: a confirmed lock, or in a cluster without ZooKeeper the lower MAC."""
-        return self._lock(managed) is Lock.MINE or (self.coordinator is None and self._link.mac < rival)
-
-    def _suspect_all(self, now: float) -> None:
-        """Who has one of our addresses may have them all: ask once, at most once a second."""
-        if now - self._suspected_at >= 1.0:
-            self._suspected_at = now
-            unsure = [m for m in self.vips.values() if self._bound(m) and self._lock(m) is not Lock.MINE]
-            self.network.send([m.frames.ask_all for m in unsure if m.frames and not m.hearing.fresh(now)])
-
-    def coordinator_changed(self, address: str) -> None:
-        """ZooKeeper has news: of one address, or ('') of the session or the hosts."""
-        c = self.coordinator
-        if c is None:
-            return
-        if address in self.vips:
-            if c.queue(address) is not None:
-                self._welcome(self.vips[address])
-            self._dirty.add(address)
-        if address:
-            return
-        others = {host: record for host, record in c.records.items() if host != self.config.hostname}
-        queued = {contender.host for managed in self.vips.values() for contender in self._contenders(managed)}
-        kept = {host: record for host, record in self._peers.items() if host in queued}  # a hole in its record
-        if self.config.hostname in c.records and {**kept, **others} != self._peers:
-            self._peers = {**kept, **others}
-            self._macs |= {host: record.mac for host, record in others.items() if record.mac}
-            self._find_witnesses()
-        if not c.connected:
-            self.at(c.confirmed_at + c.timeout + 0.001, self._dirty.update, self.vips)
-        self._save_session()
-        self._dirty.update(self.vips)
-
-    def _welcome(self, managed: Managed) -> None:
-        """A contender that joins or rejoins may bring clients with stale caches (a healed partition): announce."""
-        contenders = self._contenders(managed)
-        nodes = {contender.node for contender in contenders if not self._mine(contender)}
-        if managed.nodes is not None and nodes - managed.nodes and self._lock(managed) is Lock.MINE:
-            self._defend(managed)
-        managed.nodes = nodes
-        took, node = managed.took
-        if took and any(c.session == took and c.node != node for c in contenders):
-            managed.took, managed.backoff = (0, ""), min(2 * managed.backoff, BACKOFF[1])
-            managed.quiet_until = self.clock.now() + managed.backoff
-            log.warning("vip=%s who was taken for dead lives: no take-over for %.0f s", managed.vip.ip, managed.backoff)
-
-    def _find_witnesses(self) -> None:
-        """Other contenders' own addresses, the gateways on this interface, and what the operator names."""
-        found = {str(witness) for witness in self.config.witnesses}
-        if self._link.number:
-            found.update(self.network.gateways())
-        found.update(address for record in self._peers.values() for address in record.addresses)
-        found -= set(self._own.values())
-        self._witnesses = {address: self._witnesses.get(address, float("-inf")) for address in found}
-        if self._link.mac:
-            frames = (build_frames(ipaddress.ip_address(w), self._link.mac, self._own) for w in sorted(found)[:8])
-            self.prober.witness_frames = [frame.ask_all for frame in frames]
-
-    def _record(self) -> Record:
-        return Record(_mac_text(self._link.mac), tuple(sorted(self._own.values())), boot_id())
-
-    def _refresh(self) -> None:
-        """Take in the kernel's view, now or soon: it costs 35 us per address, and every change of one is reported."""
-        if self.clock.now() >= self._sync_next:
-            self._sync()
-        elif not self._stale:
-            self._stale = True
-            self.at(self._sync_next, self._refresh)
-
-    def _sync(self) -> None:
-        """Take in the kernel's view; the notifications were only a hint."""
-        self._stale, self._synced_at = False, self.clock.now()
-        old_link, old_kernel, old_own = self._link, self._kernel, self._own
-        self._link, self._kernel, self._own = self.network.sync()
-        self._sync_next = self.clock.now() + 9 * (self.clock.now() - self._synced_at)  # a tenth of the time at most
-        for managed in self.vips.values():
-            if old_kernel.get(managed.vip.ip) and not self._bound(managed) and self._link.number:
-                by = "somebody else, or its lifetime has ended" if self.config.at_most_one else "somebody else"
-                log.warning("vip=%s was removed by %s", managed.vip.ip, by)
-        if self._link != old_link or self._own != old_own:
-            self._link_changed(old_link)
-        if self._link != old_link or self._kernel != old_kernel:
-            self._dirty.update(self.vips)
-
-    def _link_changed(self, old: Link) -> None:
-        if self._link.trouble != old.trouble:
-            log.warning("%s", self._link.trouble or f"{self.config.interface} is up")
-        self._build_frames(self._link.mac != old.mac)
-        self._find_witnesses()
-        if self.coordinator:
-            self.coordinator.publish(self._record())
-        if self._link.up and not old.up:
-            self._distrust()
-        elif self._link.mac != old.mac:
-            for managed in self.vips.values():
-                self._announce(managed)
-
-    def _build_frames(self, anew: bool) -> None:
-        for managed in self.vips.values():
-            if anew or managed.vip.ip.version == 6:
-                managed.frames = build_frames(managed.vip.ip.ip, self._link.mac, self._own) if self._link.mac else None
-
-    # -- health checks ---------------------------------------------------------
-
-    def _begin_checks(self, managed: Managed) -> None:
-        for probe in managed.probes:
-            self._run_check(managed, probe)
-
-    def _run_check(self, managed: Managed, probe: Probe) -> None:
-        """One thread per run, at most one run per check: one that still hangs at its next turn has failed again."""
-        if self.vips.get(managed.vip.address) is not managed or probe not in managed.probes:
-            return
-        now, interval = self.clock.now(), managed.vip.healthcheck_interval
-        if not probe.running:
-            self._start_check(managed, probe)
-        elif now - probe.began_at >= 0.8 * interval:  # not one that _check_again has just started
-            probe.asked_at = now
-            self._checked(managed, probe, now, "still no result")
-        self.at(now + interval * random.uniform(0.9, 1.1), self._run_check, managed, probe)
-
-    def _start_check(self, managed: Managed, probe: Probe) -> None:
-        now, timeout = self.clock.now(), self.config.health_check_timeout
-        probe.running, probe.asked_at, probe.began_at = True, now, now
-
-        def work() -> None:
-            self.post(self._ran, managed, probe, now, self._check(probe.check, timeout))
-
-        threading.Thread(target=work, daemon=True, name=f"check {managed.vip.address}").start()
-        self.at(now + timeout + 0.5, self._checked, managed, probe, now, "no result in time")
-
-    def _check_again(self, managed: Managed) -> None:
-        """Who has the lock and doubts its health must know soon: the next turn of its checks may be an hour away."""
-        now = self.clock.now()
-        failed = [probe for probe in managed.probes if probe.fails]
-        if not failed or managed.state is not State.STANDBY or self._lock(managed) is not Lock.MINE:
-            managed.doubts_since = None
-            return
-        if managed.doubts_since is None:
-            managed.doubts_since = now
-            self.at(now + DOUBTS, self._dirty.add, managed.vip.address)
-        for probe in failed:
-            if not probe.running and now - probe.began_at >= CHECK_AGAIN:
-                self._start_check(managed, probe)
-                self.at(now + CHECK_AGAIN, self._dirty.add, managed.vip.address)
-
-    def _ran(self, managed: Managed, probe: Probe, started: float, reason: str) -> None:
-        probe.running = False
-        self._checked(managed, probe, started, reason)
-
-    def _checked(self, managed: Managed, probe: Probe, started: float, reason: str) -> None:
-        if probe.asked_at == started:
-            was = probe.ok
-            probe.count(reason, self.config.health_check_fall, self.config.health_check_rise)
-            if reason:
-                level = logging.WARNING if probe.fails == 1 else logging.DEBUG
-                log.log(level, "vip=%s check failed: %s", managed.vip.ip, reason)
-            elif not was and probe.ok:
-                log.info("vip=%s check passes: %s:%d", managed.vip.ip, probe.check.host, probe.check.port)
-            self._dirty.add(managed.vip.address)
-
-    # -- the registry ----------------------------------------------------------
-
-    def _manage(self, vip: VirtualIP, state: State = State.FAILING) -> Managed:
-        managed = Managed(vip, [Probe(check) for check in vip.checks], self.clock.stamp())
-        if self._bound(managed):
-            managed.state = state
-            for probe in managed.probes:
-                probe.ok = state is not State.FAILING
-            managed.verify = managed.adopted = True
+    def _manage(self, vip: VirtualIP, state: State = State.FAILING) -> Vip:
+        adopted = self.kernel.addresses.get(vip.bound, False)
+        self.vips[vip.address] = managed = Vip(self, vip, state if adopted else State.FAILING, adopted)
+        if adopted:
             log.info("vip=%s found bound: adopted as %s", vip.ip, state.value)
-        if self._link.mac:
-            managed.frames = build_frames(vip.ip.ip, self._link.mac, self._own)
-        self.vips[vip.address] = managed
-        if self.coordinator:
-            self.coordinator.watch(vip.address)
-        self._begin_checks(managed)
-        self._dirty.add(vip.address)
+            if not self.lifetime:  # it may still have one, of another promise
+                with contextlib.suppress(OSError):
+                    self.network.add(vip.bound)
+        self.wire.add(vip.ip.ip, self.loop.now)
+        self.referee.want(vip.address, Want.WATCH)
+        self.loop.filters = True
+        self.news(vip.address)
         return managed
 
-    def find(self, key: str) -> Managed:
-        """By id or address, in any spelling, with or without its prefix length. Raises NotFound."""
-        with contextlib.suppress(ValueError):
-            ip = ipaddress.ip_interface(key.strip("[]"))
-            key = str(ip if "/" in key else ip.ip)
-        for managed in self.vips.values():
-            if key in (managed.vip.id, managed.vip.address, str(managed.vip.ip)):
-                return managed
-        raise NotFound("not found", resource="IP")
+    def drop(self, vip: Vip) -> None:
+        """It is here no more."""
+        if vip.bound:
+            self.unbind(vip.vip.bound)
+        self.referee.want(vip.vip.address, Want.GONE)
+        self.wire.remove(vip.vip.address)
+        self.vips.pop(vip.vip.address, None)
+        self.news(vip.vip.address)
+        vip.end(LinkError(404, "not found", resource="IP"))
+        self.save_soon()
 
-    def _kept(self) -> list[VirtualIP]:
-        """The IPs of the state file: all but those of the configuration."""
-        configured = {vip.address for vip in self.config.virtual_ips}
-        return [m.vip for m in self.vips.values() if m.vip.address not in configured and m.intent is not Intent.DELETE]
-
-    def add_ip(self, raw: Any) -> dict[str, Any]:
-        """POST /ips. Raises Invalid, Refused, Unavailable; then nothing has changed."""
-        if isinstance(raw, dict) and raw.get("id"):
-            raise Invalid("invalid IP", detail="id is given by LinK; leave it out")
-        vip = VirtualIP.parse(raw, self.config.health_check_interval)
-        if self.stopping is not None:
-            raise Unavailable("stopping", detail="this agent is being stopped")
-        old = self.vips.get(vip.address)
-        if old and old.intent is not Intent.DELETE:
-            raise Refused("already exists", detail=f"{old.vip.ip} is {old.vip.id}", id=old.vip.id)
-        if not old and len(self.vips) >= self.config.max_ips:
-            raise Refused("too many IPs", detail=f"this host has max_ips ({self.config.max_ips}) IPs")
-        if self._stale:  # the kernel has news: this very address may have been given to the host just now
-            self._sync()
-        if owner := self._owner(vip):
-            raise Invalid("invalid IP", detail=f"{vip.address} is an address that {owner} has for itself")
-        vip = VirtualIP(vip.ip, vip.checks, vip.healthcheck_interval, f"vip-{uuid.uuid4()}")
-        self.store.save_ips([*self._kept(), vip])
-        if old:
-            self._drop(old)
-            for _, future, _ in old.waiters:  # of the DELETE, which is done with it
-                future.set_result(None)
-        managed = self._manage(vip)
-        log.info("vip=%s added by the API as %s", vip.ip, vip.id)
-        self._settle()
-        return self.show(managed)
-
-    def _owner(self, vip: VirtualIP) -> str:
-        """The host that has this address for itself, as far as it is known."""
-        if any(ip.ip == vip.ip.ip and not ours for ip, ours in self._kernel.items()):
-            return "this host"
-        return next((host for host, record in self._peers.items() if vip.address in record.addresses), "")
-
-    def update_ip(self, key: str, raw: Any) -> dict[str, Any]:
-        """PATCH or PUT /ips/:id: the checks are replaced; nothing moves unless one of them fails."""
-        managed = self.find(key)
-        got = _take(raw, ("healthchecks", "checks", "healthcheck_interval"), "IP")
-        old = managed.vip
-        if any(vip.address == old.address for vip in self.config.virtual_ips):
-            raise Refused("configured", detail=f"{old.ip} is from the configuration file; change it there")
-        checks = parse_checks(got["healthchecks"] if "healthchecks" in got else got.get("checks"))
-        every = _whole(got.get("healthcheck_interval", old.healthcheck_interval), 1, 3600, "healthcheck_interval")
-        if not {"healthchecks", "checks"} & set(got):
-            checks = old.checks
-        vip = VirtualIP(old.ip, checks, every, old.id)
-        self.store.save_ips([vip if kept is old else kept for kept in self._kept()])
-        healthy = not self._healthy(managed)
-        managed.vip, managed.probes = vip, [Probe(check, ok=healthy) for check in checks]
-        self._begin_checks(managed)
-        self._reconcile(managed)
-        return self.show(managed)
-
-    def delete_ip(self, key: str) -> Future[Any] | None:
-        """DELETE /ips/:id: bound here only until a waiting host is heard to have it, at most handover_timeout."""
-        managed = self.find(key)
-        if any(vip.address == managed.vip.address for vip in self.config.virtual_ips):
-            raise Refused("configured", detail=f"{managed.vip.ip} is from the configuration file; remove it there")
-        self.store.save_ips([vip for vip in self._kept() if vip is not managed.vip])
-        managed.intent = Intent.DELETE
-        log.info("vip=%s is being removed by the API", managed.vip.ip)
-        return self._when(managed, lambda: managed.vip.address not in self.vips, self.config.handover_timeout + 2)
-
-    def _drop(self, managed: Managed) -> None:
-        if self._bound(managed):
-            self._unbind(managed.vip.ip)
-        managed.schedule += 1
-        if self.coordinator:
-            self.coordinator.forget(managed.vip.address)
-        self.vips.pop(managed.vip.address, None)
-        self._rearrange = True
-        self._save_session()
-
-    def _when(self, managed: Managed, done: Callable[[], bool], wait: float) -> Future[Any]:
-        """A future for the moment when `done` is seen to be true, or 504 after `wait` seconds."""
-        future: Future[Any] = Future()
-        deadline = self.clock.now() + wait
-        managed.waiters.append((done, future, deadline))
-        self.at(deadline + 0.001, self._dirty.add, managed.vip.address)
-        self._dirty.add(managed.vip.address)
-        return future
-
-    def _finish(self, managed: Managed) -> None:
-        """End intents that are fulfilled and answer who waits for it."""
-        bound = self._bound(managed)
-        if managed.intent is Intent.DELETE and not bound:
-            self._drop(managed)
-        if managed.intent is Intent.HAND_OVER and not bound and self._lock(managed) in (Lock.OTHER, Lock.NOBODY):
-            managed.intent = Intent.RUN
-            self._dirty.add(managed.vip.address)
-        waiting, managed.waiters = managed.waiters, []
-        for done, future, deadline in waiting:
-            if done():
-                future.set_result(None)
-            elif self.clock.now() >= deadline:
-                managed.taking = False
-                if managed.intent is Intent.HAND_OVER:
-                    managed.intent = Intent.RUN
-                    self._dirty.add(managed.vip.address)
-                future.set_exception(Unfinished("not done in time", detail=managed.reason, ip=self.show(managed)))
-            else:
-                managed.waiters.append((done, future, deadline))
-
-    def _queue_now(self, managed: Managed) -> tuple[Contender, ...]:
-        """The queue, if ZooKeeper can be reached. Raises Refused."""
-        c = self.coordinator
-        if c is None:
-            raise Refused("no ZooKeeper", detail="a move needs ZooKeeper; zookeeper is not configured")
-        if managed.intent is not Intent.RUN:
-            raise Refused("busy", detail=f"another order for {managed.vip.ip} is under way: {managed.intent.value}")
-        lost = not c.connected or self.clock.now() - c.confirmed_at > c.timeout
-        if lost or c.queue(managed.vip.address) is None:
-            raise Refused("ZooKeeper is out of reach", detail="GET /health tells when it is back")
-        return self._contenders(managed)
-
-    def take_lock(self, key: str) -> Future[Any]:
-        """POST /ips/:id/lock: when the future is done this host holds the IP. Raises Refused."""
-        managed = self.find(key)
-        if managed.state is State.FAILING:
-            raise Refused("failing", detail=f"this host cannot take {managed.vip.ip}: {self._healthy(managed)}")
-        if any(probe.fails for probe in managed.probes) and not self._bound(managed):
-            raise Refused("failing", detail="a check has just failed here; ask again when it passes")
-        contenders = self._queue_now(managed)
-        foreign = [c.host for c in contenders if c.host not in self._peers and not self._mine(c)]
-        if foreign:
-            raise Refused("foreign lock", detail=f"{foreign[0]}, which is no LinK host, holds or waits for the lock")
-        if self.config.at_most_one and contenders and not self._mine(contenders[0]):
-            raise Refused("at-most-one", detail=f"the holder must let go first: POST failover on {contenders[0].host}")
-        managed.taking = not (contenders and self._mine(contenders[0]))
-        return self._when(
-            managed,
-            lambda: self._lock(managed) is Lock.MINE and self._bound(managed),
-            self.config.handover_timeout + 2,
-        )
-
-    def failover(self, key: str) -> Future[Any]:
-        """POST /ips/:id/failover on the holder: the next contender gets the IP. Raises Refused."""
-        managed = self.find(key)
-        contenders = self._queue_now(managed)
-        if not contenders or not self._mine(contenders[0]):
-            holder = contenders[0].host if contenders else "nobody"
-            detail = f"{holder} holds the lock of {managed.vip.ip}"
-            if self._bound(managed):
-                detail += "; it stays bound here until another host has it"
-            raise Refused("not the holder", detail=detail)
-        if all(self._mine(contender) for contender in contenders):
-            raise Refused("nobody can take it", detail=f"no other host waits for {managed.vip.ip}")
-        managed.intent = Intent.HAND_OVER
-        return self._when(managed, lambda: not self._bound(managed), self.config.handover_timeout + 2)
-
-    def show(self, managed: Managed) -> dict[str, Any]:
-        """The IP as the API shows it."""
-        contenders, wire, hearing = self._contenders(managed), self._wire(managed), managed.hearing
-        holder = contenders[0].host if contenders else None
-        if not contenders and self._bound(managed):
-            holder = self.config.hostname
-        return {
-            **managed.vip.to_json(),
-            "status": managed.state.value,
-            "bound": self._bound(managed),
-            "holder": holder,
-            "hosts": [contender.host for contender in contenders],
-            "since": managed.since,
-            "reason": managed.reason,
-            "wire": {
-                "state": wire.value,
-                "mac": _mac_text(hearing.mac) if wire is Wire.ANSWERED else None,
-                "since": (hearing.since or None) if wire is Wire.ANSWERED else None,
-            },
-            "conflicts": {"count": managed.conflicts, "mac": managed.conflict_mac or None},
-        }
-
-    def get_ip(self, key: str) -> dict[str, Any]:
-        """GET /ips/:id."""
-        return {"ip": self.show(self.find(key))}
-
-    def list_ips(self) -> dict[str, Any]:
-        """GET /ips."""
-        return {"ips": [self.show(managed) for managed in self.vips.values()]}
-
-    def health(self) -> dict[str, Any]:
-        """GET /health: that it is answered proves that the loop goes round."""
-        c = self.coordinator
-        counts = {state.value: sum(m.state is state for m in self.vips.values()) for state in State}
-        lost = c is not None and self.clock.now() - c.confirmed_at > c.timeout
-        state = "none" if c is None else "lost" if lost else "connected" if c.connected else "connecting"
-        return {
-            "healthy": not lost and not self._link.trouble,
-            "hostname": self.config.hostname,
-            "since": self.since,
-            "interface": self._link.trouble or "up",
-            "zookeeper": {"state": state, "session_timeout": c.timeout if c else None},
-            "ips": counts,
-        }
-
-    # -- stopping --------------------------------------------------------------
+    # -- stopping ----------------------------------------------------------------------------------------
 
     def stop(self) -> None:
         """SIGTERM: hand every IP over, all at the same time."""
         if self.stopping is None:
-            log.info("stopping: IPs to hand over: %d", sum(self._bound(m) for m in self.vips.values()))
+            log.info("stopping: IPs to hand over: %d", sum(vip.bound for vip in self.vips.values()))
             notify("STOPPING=1")
-            self.stopping = self.clock.now() + self.config.stop_timeout
-            self.at(self.stopping, lambda: None)
-            for managed in self.vips.values():
-                managed.intent = managed.intent if managed.intent is Intent.DELETE else Intent.STOP
-            self._dirty.update(self.vips)
+            self.stopping = self.loop.now + LONG
+            for vip in self.vips.values():
+                vip.intent = vip.intent if vip.intent is Intent.DELETE else Intent.STOP
+            self.news(*self.vips)
 
-    def _stopped(self, now: float) -> bool:
+    def _stopped(self) -> bool:
+        now = self.loop.now
         if self.execute is not None:
+            self.refuse("restarting")
             return True
         if self.stopping is None:
             return False
-        left = (m for m in self.vips.values() if self._bound(m))
-        connected = self.coordinator is not None and self.coordinator.connected
-        patience = 0.0 if connected else self.config.stop_timeout - 1.0  # a lost connection may be back in a second
-        if now < self.stopping - patience and any(self._may_be_relieved(m) for m in left):
+        left, soon = [vip for vip in self.vips.values() if vip.bound], self.stopping - LONG + TICK
+        limit = self.stopping if self.referee.state in ("connected", "none") else soon  # it may be back in a second
+        if (now < limit and any(vip.may_be_relieved(now) for vip in left)) or (now < soon and self.loop.changes):
             return False
-        for managed in filter(self._bound, self.vips.values()):
-            why = "no other host can take it" if self.coordinator else "without ZooKeeper no other host can be asked"
-            log.warning("vip=%s stays bound here: %s", managed.vip.ip, why)
-        self._save_session(now=True)
-        if self.coordinator:
-            self.coordinator.stop(max(0.1, min(2.0, self.stopping - now)))
+        for vip in left:
+            log.warning("vip=%s stays bound here: no other host can take it", vip.vip.ip)
+            self.wire.announce(vip.vip.address, ask=False)  # clients may follow one that took it, and stops, too
+        self.refuse("stopping")
+        self.save()
+        self.referee.stop(max(ANSWER, min(2 * TICK, self.stopping - now)))
         log.info("stopped")
         return True
 
-    def _may_be_relieved(self, managed: Managed) -> bool:
-        """Somebody can take it, or has it already: of hosts that stop at the same time one keeps it, not all."""
-        return self._lock(managed) is Lock.MINE or self._successor(managed) or managed.hearing.fresh(self.clock.now())
+    def refuse(self, why: str) -> None:
+        """Answer whoever waits for an order: this process ends."""
+        for vip in self.vips.values():
+            vip.end(LinkError(503, why, "this agent ends: ask again when the next one answers, or another host's"))
 
-    def _successor(self, managed: Managed) -> bool:
-        c = self.coordinator
-        known = c is not None and c.connected and self._lock(managed) is not Lock.UNKNOWN
-        return known and any(not self._mine(contender) for contender in self._contenders(managed))
+
+class Api(Agent):
+    """The Agent with what the API can ask of it; each function raises a LinkError where nothing has changed."""
+
+    def find(self, key: str) -> Vip:
+        """By id or address, in any spelling, with or without its prefix length. Raises LinkError."""
+        with contextlib.suppress(ValueError):
+            ip = ipaddress.ip_interface(key.strip("[]"))
+            if (vip := self.vips.get(str(ip.ip))) and ("/" not in key or ip in (vip.vip.ip, vip.vip.bound)):
+                return vip
+        if named := [vip for vip in self.vips.values() if key == vip.vip.id]:
+            return named[0]
+        raise LinkError(404, "not found", resource="IP")
+
+    def add_ip(self, raw: Any) -> Change:
+        """POST /ips. Raises LinkError; then nothing has changed."""
+        if isinstance(raw, dict) and raw.get("id"):
+            raise Invalid("IP", "id is given by LinK; leave it out")
+        vip = VirtualIP.parse(raw, self.config.health_check_interval)
+        if self.stopping is not None:
+            raise LinkError(503, "stopping", "this agent ends: ask again when the next one answers")
+        old = self.vips.get(vip.address)
+        if old and old.intent is not Intent.DELETE:
+            raise LinkError(409, "already exists", f"{old.vip.ip} is {old.vip.id}", id=old.vip.id)
+        if not old and len(self.vips) >= self.config.max_ips:
+            raise LinkError(409, "too many IPs", f"this host has max_ips ({self.config.max_ips}) IPs")
+        if self.network.ready(vip.bound):  # the host has got this address, maybe just now
+            self.kernel.due = -math.inf
+            self._sync()
+        owners = dict.fromkeys(self.wire.known(), "a gateway or witness")
+        owners |= {address: host for host, record in self.peers.items() for address in record.addresses}
+        owners |= dict.fromkeys(self.kernel.foreign, "this host")
+        if owner := owners.get(vip.address):
+            raise Invalid("IP", f"{vip.address} is an address that {owner} has for itself")
+        vip = replace(vip, id=f"vip-{uuid.uuid4()}")
+        yield self.store.save_ip(vip)
+        if old := self.vips.get(vip.address):  # it was being removed, and may be gone by now
+            old.change(vip)
+        managed = old or self._manage(vip)
+        managed.intent = Intent.RUN if self.stopping is None else Intent.STOP  # since it was asked
+        log.info("vip=%s added by the API as %s", vip.ip, vip.id)
+        managed.reconcile(self.loop.now)
+        return show(managed, self.loop.now)
+
+    def _of_api(self, key: str, verb: str) -> Vip:
+        vip = self.find(key)
+        if any(each.address == vip.vip.address for each in self.config.virtual_ips):
+            raise LinkError(409, "configured", f"{vip.vip.ip} is from the configuration file; {verb} it there")
+        return vip
+
+    def update_ip(self, key: str, raw: Any) -> Change:
+        """PATCH or PUT /ips/:id: the checks are replaced; nothing moves unless one of them fails."""
+        managed = self._of_api(key, "change")
+        if managed.intent is Intent.DELETE:
+            raise LinkError(404, "not found", resource="IP")
+        got = take(raw, ("healthchecks", "checks", "healthcheck_interval"), "IP")
+        got |= {"checks": got.pop("healthchecks")} if "healthchecks" in got else {}  # its older name
+        vip = VirtualIP.parse({**managed.vip.to_json(), **got}, self.config.health_check_interval)
+        yield self.store.save_ip(vip)
+        managed.change(vip)
+        managed.reconcile(self.loop.now)
+        return show(managed, self.loop.now)
+
+    def delete_ip(self, key: str) -> Change:
+        """DELETE /ips/:id: bound here only until a waiting host is heard to have it, at most a second."""
+        vip = self._of_api(key, "remove")
+        yield self.store.remove_ip(vip.vip.address)
+        if self.vips.get(vip.vip.address) is not vip:
+            return None  # an earlier order has done it meanwhile
+        vip.intent = Intent.DELETE
+        log.info("vip=%s is being removed by the API", vip.vip.ip)
+        return vip.order("delete", self.loop.now)
+
+    def take_lock(self, key: str) -> Future[Any]:
+        """POST /ips/:id/lock: when the future is done this host holds the IP. Raises LinkError."""
+        vip, lock = self._movable(key)
+        if vip.state is State.FAILING:
+            raise LinkError(409, "failing", f"this host cannot take {vip.vip.ip}: {vip.trouble(self.loop.now)}")
+        if vip.checks.unsure and not vip.bound:
+            raise LinkError(409, "failing", "a check has just failed here, or could not run; ask again when it passes")
+        if foreign := [c.host for n, c in enumerate(lock.queue) if not c.session and n != lock.place]:
+            raise LinkError(409, "foreign lock", f"{foreign[0]}, which is no LinK host, holds or waits for the lock")
+        if self.config.at_most_one and lock.queue and lock.place != 0:
+            raise LinkError(409, "at-most-one", f"the holder must let go first: POST failover on {lock.queue[0].host}")
+        return vip.order("lock", self.loop.now)
+
+    def failover(self, key: str) -> Future[Any]:
+        """POST /ips/:id/failover on the holder: the next contender gets the IP. Raises LinkError."""
+        vip, lock = self._movable(key)
+        if not (lock.place == 0 if lock.queue else vip.bound):
+            holder = lock.queue[0].host if lock.queue else "another host, or nobody,"
+            more = "; it stays bound here until another host has it" if vip.bound else ""
+            raise LinkError(409, "not the holder", f"{holder} holds {vip.vip.ip}{more}")
+        if not vip.facts(self.loop.now, lock).successor:
+            raise LinkError(409, "nobody can take it", f"no other host waits for {vip.vip.ip}")
+        vip.intent = Intent.HAND_OVER
+        return vip.order("failover", self.loop.now)
+
+    def _movable(self, key: str) -> tuple[Vip, LockView]:
+        """The IP, and its lock as it is. Raises LinkError where nothing can be moved now."""
+        vip = self.find(key)
+        if vip.intent is not Intent.RUN or vip.orders:
+            raise LinkError(409, "busy", f"another order for {vip.vip.ip} is under way: {vip.intent.value}")
+        lock = vip.lock(self.loop.now)
+        if self.referee.state not in ("none", "connected") or (self.referee.session and lock.lock is Lock.UNKNOWN):
+            raise LinkError(409, "ZooKeeper is out of reach", "GET /health tells when it is back")
+        return vip, lock
+
+    def get_ip(self, key: str) -> dict[str, Any]:
+        """GET /ips/:id."""
+        return {"ip": show(self.find(key), self.loop.now)}
+
+    def list_ips(self, name: str = "ips", words: Callable[[dict[str, Any]], Any] = lambda ip: ip) -> Future[Any]:
+        """GET /ips; in slices, so that the wire is heard meanwhile."""
+        future, left, shown = Future[Any](), [*self.vips.values()], list[Any]()
+
+        def go_on() -> None:
+            shown.extend(words(show(vip, self.loop.now)) for vip in left[:50] if self.vips.get(vip.vip.address) is vip)
+            del left[:50]
+            self.post(go_on) if left else future.set_result({name: shown})
+
+        go_on()
+        return future
+
+    def health(self) -> dict[str, Any]:
+        """GET /health: that it is answered proves that the loop goes round."""
+        counts = {state.value: sum(vip.state is state for vip in self.vips.values()) for state in State}
+        referee, timeout = self.referee, self.referee.timeout or None
+        met = self.wire.met_witness() or not self.wire.known()
+        slow = "" if met else "no witness has answered: name one on this network in `witnesses`"
+        slow = slow if self.config.probe_count else "probe_count is 0: a dead holder is found by its session"
+        trouble = self.kernel.link.trouble or self.kernel.error
+        return {
+            "healthy": referee.state != "lost" and not trouble and not referee.refused,
+            "hostname": self.config.hostname,
+            "since": self.since,
+            "interface": trouble or "up",
+            "quick": not slow,
+            "slow_because": slow or None,
+            "zookeeper": {"state": referee.state, "session_timeout": timeout, "refused": referee.refused or None},
+            "state_dir": self.store.trouble or "written",
+            "ips": counts,
+        }
 
 
 ################################################################################
@@ -2999,26 +2955,45 @@ class Agent:
 ################################################################################
 
 MAX_BODY = 65536
-REQUEST_TIME = 10.0  # seconds that one request may take from its first byte to its last
+REQUEST_TIME = LONG  # from the connect to the end of the request; twice what the loop has for its answer
 MAX_REQUESTS = 64  # at the same time
+IP_FREEBIND = 15  # <linux/in.h>: bind to an address that is not there yet
 
-Route = tuple[str, str, int, Callable[..., Any]]
 
+def routes(agent: Api) -> list[tuple[str, str, bool, int, Callable[..., Any]]]:
+    """Methods, path ({} is an id or an address), whether with a body, status of success, what the loop does."""
 
-def routes(agent: Agent) -> list[Route]:
-    """Method, path ({} is an id or an address), status of success, what the loop does."""
+    def endpoint(ip: dict[str, Any]) -> dict[str, Any]:
+        return {**ip, "plugin": "arp", "election_key": ip["ip"].partition("/")[0]}
+
+    def find(key: str) -> dict[str, Any]:
+        return endpoint(agent.get_ip(key)["ip"])
+
+    def add(raw: Any) -> Change:
+        got = take(raw, ("plugin", "plugin_config", "checks", "healthcheck_interval"), "endpoint")
+        if got.pop("plugin", "arp") != "arp":
+            raise Invalid("plugin", "the only plugin is arp")
+        got |= take(got.pop("plugin_config", None), ("ip",), "plugin_config")
+        made = endpoint((yield from agent.add_ip(got)))
+        return {**made, "endpoint": made}  # some of its clients read it bare, some wrapped
+
     return [
-        ("GET", "/ips", 200, agent.list_ips),
-        ("POST", "/ips", 201, agent.add_ip),
-        ("GET", "/ips/{}", 200, agent.get_ip),
-        ("PATCH", "/ips/{}", 200, agent.update_ip),
-        ("PUT", "/ips/{}", 200, agent.update_ip),
-        ("DELETE", "/ips/{}", 204, agent.delete_ip),
-        ("POST", "/ips/{}/lock", 204, agent.take_lock),
-        ("POST", "/ips/{}/failover", 204, agent.failover),
-        ("GET", "/version", 200, lambda: {"version": VERSION}),
-        ("GET", "/health", 200, agent.health),
-    ]
+        ("GET HEAD", "/ips", False, 200, agent.list_ips),
+        ("POST", "/ips", True, 201, agent.add_ip),
+        ("GET HEAD", "/ips/{}", False, 200, agent.get_ip),
+        ("PATCH PUT", "/(?:ips|endpoints)/{}", True, 200, agent.update_ip),
+        ("DELETE", "/(?:ips|endpoints)/{}", False, 204, agent.delete_ip),
+        ("POST", "/ips/{}/lock", False, 204, agent.take_lock),
+        ("POST", "/(?:ips|endpoints)/{}/failover", False, 204, agent.failover),
+        ("GET HEAD", "/version", False, 200, lambda: {"version": VERSION}),
+        ("GET HEAD", "/health", False, 200, agent.health),
+        # in the words of Scalingo/link v3
+        ("GET HEAD", "/endpoints", False, 200, lambda: agent.list_ips("endpoints", endpoint)),
+        ("POST", "/endpoints", True, 201, add),
+        ("GET HEAD", "/endpoints/{}", False, 200, lambda key: {"endpoint": find(key)}),
+        ("GET HEAD", "/endpoints/{}/hosts", False, 200,
+         lambda key: {"hosts": [{"hostname": host} for host in find(key)["hosts"]]}),
+    ]  # fmt: skip
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -3028,32 +3003,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
     server_version = f"LinK/{VERSION}"
     sys_version = ""
     timeout = REQUEST_TIME
+    disable_nagle_algorithm = True  # head and body are two writes
     server: Server
 
     def handle(self) -> None:
-        """The whole connection has a deadline: a byte every second must not hold a thread for ever."""
-        timer = threading.Timer(REQUEST_TIME + self.server.agent.config.handover_timeout, self._expire)
-        timer.daemon = True
-        timer.start()
+        """What a refused client still sends is read: a reset would take the answer from it (RFC 9112, section 9.6)."""
         try:
             super().handle()
+            self.server.clients[self.connection] = time.monotonic() + 2 * TICK
+            self.connection.shutdown(socket.SHUT_WR)
+            while self.connection.recv(MAX_BODY):
+                pass
         except (OSError, ValueError):
             log.debug("%s went away", self.client_address[0])
-        finally:
-            timer.cancel()
-
-    def _expire(self) -> None:
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR)
-
-    def __getattr__(self, name: str) -> Any:
-        """All methods come here, known or not."""
-        if name.startswith("do_"):
-            return self._serve
-        raise AttributeError(name)
 
     def _serve(self) -> None:
-        self.close_connection = True
         try:
             status, body = self._route()
         except LinkError as error:
@@ -3061,250 +3025,521 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except OSError:
             raise  # the client went away
         except Exception:
-            log.exception("%s %s", self.command, self.path)
+            log.exception("%s '%s'", _safe(self.command), _safe(self.path))
             status, body = 500, {"error": "internal error", "detail": "see the agent's log"}
         if self.command not in ("GET", "HEAD"):  # why an IP moved may be that somebody asked for it
-            log.info("API: %s %a from %s: %d", self.command, self.path, self.client_address[0], status)
+            who = self.client_address[0]
+            log.info("API: %s '%s' from %s: %d", _safe(self.command), _safe(self.path), who, status)
         self._reply(status, body)
 
-    def _route(self) -> tuple[int, Any]:
-        self._authenticate()
-        path = self.path.partition("?")[0].rstrip("/") or "/"
-        allowed = []
-        for method, pattern, status, function in self.server.routes:
-            found = re.fullmatch(pattern.replace("{}", r"([^/]+(?:/\d+)?)"), path)
-            if not found:
-                continue
-            allowed.append(method)
-            if method == self.command:
-                args = [_unquote(group) for group in found.groups()]
-                takes_body = method in ("POST", "PATCH", "PUT") and not pattern.endswith(("/lock", "/failover"))
-                body = self._body(required=takes_body)
-                if takes_body:
-                    args.append(body)
-                result = self.server.agent.call(function, *args, timeout=REQUEST_TIME / 2)
-                return (503 if isinstance(result, dict) and result.get("healthy") is False else status), result
-        if allowed:
-            raise _http_error(405, "method not allowed", allow=sorted(allowed))
-        raise NotFound("not found", resource="path")
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = _serve
 
-    def _authenticate(self) -> None:
+    def _route(self) -> tuple[int, Any]:
+        self._refuse_strangers()
+        path, allowed = self.path.partition("?")[0].rstrip("/") or "/", set[str]()
+        for methods, pattern, with_body, status, function in self.server.routes:
+            found = re.fullmatch(pattern.replace("{}", r"([^/]+(?:/\d+)?)"), path)
+            if found and self.command in methods.split():
+                args, body = [*map(urllib.parse.unquote, found.groups())], self._body(with_body)
+                self.server.clients[self.connection] = math.inf
+                more = [body] if with_body else []
+                result = self.server.agent.loop.call(function, *args, *more, timeout=REQUEST_TIME / 2)
+                return (503 if isinstance(result, dict) and result.get("healthy") is False else status), result
+            allowed.update(methods.split() if found else ())
+        if allowed:
+            raise LinkError(405, "method not allowed", allow=sorted(allowed))
+        raise LinkError(404, "not found", resource="path")
+
+    def _refuse_strangers(self) -> None:
+        """Who has no password; and a page in a browser here, which can post and, by DNS rebinding, read without any."""
         config = self.server.agent.config
-        if config.password:
-            wanted = base64.b64encode(f"{config.user}:{config.password}".encode()).decode()
-            given = self.headers.get("Authorization", "").partition(" ")
-            right = hmac.compare_digest(given[2].strip().encode(), wanted.encode())
-            if given[0].lower() != "basic" or not right:
-                raise _http_error(401, "unauthorized")
+        names = {"localhost", *map(str.lower, (config.hostname, socket.gethostname(), config.listen_address[0]))}
+        for host in self.headers.get_all("Host", []):
+            name = re.sub(r":\d*$", "", host.strip().lower()).rstrip(".")
+            with contextlib.suppress(ValueError):
+                name = "localhost" if ipaddress.ip_address(name.strip("[]")) else name
+            if name not in names:
+                known = ", ".join(sorted(names))
+                raise LinkError(403, "unknown host", f"the header Host must be an address or one of: {known}")
+        if "Origin" in self.headers:
+            raise LinkError(403, "no web pages", "leave out Origin: this API is not for browsers")
+        wanted = base64.b64encode(f"{config.user}:{config.password}".encode())
+        scheme, _, given = self.headers.get("Authorization", "").partition(" ")
+        right = scheme.lower() == "basic" and hmac.compare_digest(given.strip().encode(), wanted)
+        if config.password and not right:
+            raise LinkError(401, "unauthorized")
 
     def _body(self, required: bool) -> Any:
         """The JSON body, at most 64 KiB. curl's own content type is accepted: people forget the header."""
-        length = self.headers.get("Content-Length")
-        if self.headers.get("Transfer-Encoding") or (required and length is None):
-            raise _http_error(411, "length required")
-        many = len(set(self.headers.get_all("Content-Length", []))) > 1
-        if many or (length is not None and not re.fullmatch(r"\d{1,18}", length)):
-            raise Invalid("invalid Content-Length")
-        size = int(length or 0)
-        if size > MAX_BODY:
-            raise _http_error(413, "body too large", detail=f"at most {MAX_BODY} bytes")
+        lengths = self.headers.get_all("Content-Length", [] if required else ["0"])
+        if "Transfer-Encoding" in self.headers or not lengths:
+            raise LinkError(411, "length required")
+        if len({*lengths}) > 1 or not re.fullmatch(r"\d{1,18}", lengths[0]):
+            raise Invalid("Content-Length", "it must be one whole number")
+        if (length := int(lengths[0])) > MAX_BODY:
+            raise LinkError(413, "body too large", f"at most {MAX_BODY} bytes")
         kind = self.headers.get_content_type() if "Content-Type" in self.headers else "application/json"
         if required and kind not in ("application/json", "application/x-www-form-urlencoded"):
-            raise _http_error(415, "unsupported media type", detail="send application/json")
-        data = self.rfile.read(size)
-        if not required:
-            return None
-        if len(data) < size:
-            raise Invalid("invalid json", detail="the body is shorter than its Content-Length")
+            raise LinkError(415, "unsupported media type", "send application/json")
+        data = self.rfile.read(length)
+        if len(data) < length:
+            raise Invalid("json", "the body is shorter than its Content-Length")
         try:
-            return json.loads(data)
+            return json.loads(data) if required else None
         except (ValueError, RecursionError) as error:
-            raise Invalid("invalid json", detail=str(error)) from None
+            raise Invalid("json", str(error)) from None
 
     def _reply(self, status: int, body: Any) -> None:
         data = b"" if status == 204 else json.dumps(body).encode() + b"\n"
+        more = {"Content-Type": "application/json", "Content-Length": str(len(data))} if data else {}
+        more |= {"WWW-Authenticate": 'Basic realm="LinK"'} if status == 401 else {}
+        more |= {"Allow": ", ".join(body["allow"])} if status == 405 else {}
         self.send_response(status)
-        if status != 204:
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-        if status == 401:
-            self.send_header("WWW-Authenticate", 'Basic realm="LinK"')
-        if status == 405:
-            self.send_header("Allow", ", ".join(body["allow"]))
-        self.send_header("Connection", "close")
+        for header in {**more, "Connection": "close"}.items():
+            self.send_header(*header)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
+        self.wfile.write(b"" if self.command == "HEAD" else data)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What http.server itself refuses (a malformed request line), as JSON, too."""
-        self.close_connection, self.request_version = True, self.protocol_version
-        self.command = self.command or "GET"
+        """What http.server itself refuses, as JSON, too: a malformed request line; a method that no route has."""
+        if code == http.HTTPStatus.NOT_IMPLEMENTED:
+            return self._serve()
+        self.request_version, self.command = self.protocol_version, self.command or "GET"
         self._reply(code, {"error": (message or http.HTTPStatus(code).phrase).lower()})
 
     def log_message(self, format: str, *args: Any) -> None:
         """The access log is for debugging."""
-        log.debug("http %s " + format, self.client_address[0], *args)
+        log.debug("http %s %s", self.client_address[0], _safe(format % args))
 
 
-def _unquote(text: str) -> str:
-    return re.sub("%([0-9a-fA-F]{2})", lambda m: chr(int(m[1], 16)), text)
+def _safe(text: str) -> str:
+    """What a client sent, for the log: no control characters, not endless."""
+    return ascii(text)[1:-1][:200]
 
 
-def _http_error(status: int, message: str, **more: Any) -> LinkError:
-    error = LinkError(message, **more)
-    error.status = status
-    return error
+def tls_context(config: Config, of: str = "") -> ssl.SSLContext | None:
+    """For the API (None: plain HTTP); with "zookeeper_" a trial of what kazoo is to load. Raises ConfigError."""
+    ca, cert, key = (getattr(config, f"{of}tls_{part}", "") for part in ("ca", "cert", "key"))
+    if bool(cert) != bool(key):
+        raise ConfigError(f"{of}tls_cert: needs {of}tls_key, too, and the other way round")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if ca or cert else None
+    try:
+        if context and ca:
+            context.load_verify_locations(ca)
+        if context and cert:
+            context.load_cert_chain(cert, key, password="")  # of an encrypted key: it fails, instead of asking
+    except (OSError, ValueError) as error:
+        where = f"{of}tls_{'ca' if ca else 'cert'}: {', '.join(filter(None, (ca, cert, key)))}"
+        raise ConfigError(f"{where}: not PEM files that fit together: {error}") from None
+    return context
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Bounded: past MAX_REQUESTS at once a connection is answered 503 and closed."""
+class Server(socketserver.ThreadingTCPServer):  # HTTPServer's look-up of its own name can take half a minute
+    """Bounded: past MAX_REQUESTS at once, whoever has owed us its request for longest makes room for the next.
 
-    daemon_threads = True
-    request_queue_size = 128
-    allow_reuse_address = True
+    `clients` are the open connections, oldest first, and until when each owes us its request (inf: we owe the answer).
+    """
 
-    def __init__(self, agent: Agent) -> None:
-        self.agent, self.routes = agent, routes(agent)
-        self._free = threading.BoundedSemaphore(MAX_REQUESTS)
-        host, port = agent.config.listen_address
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._tls = tls_context(agent.config)
-        try:
-            super().__init__((host, port), Handler)
-        except OSError as error:
-            raise ConfigError(f"listen: cannot listen on {agent.config.listen}: {error.strerror}") from None
+    daemon_threads = allow_reuse_address = True
+    request_queue_size = 1024
+
+    def __init__(self, agent: Api, clients: dict[Any, float] | None = None) -> None:
+        """Raises OSError where it cannot listen."""
+        self.agent, self.routes, self.clients = agent, routes(agent), {} if clients is None else clients
+        self._free, self._tls = threading.BoundedSemaphore(MAX_REQUESTS), tls_context(agent.config)
+        self.address_family = socket.AF_INET6 if ":" in agent.config.listen_address[0] else socket.AF_INET
+        super().__init__(agent.config.listen_address, Handler)
 
     def server_bind(self) -> None:
-        """Without http.server's reverse DNS look-up, which can take half a minute."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
+        """Also to an address that is not there yet."""
+        self.socket.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, 1)  # holds for IPv6, too
+        super().server_bind()
+
+    def service_actions(self) -> None:
+        """After each accept, or each half second: whoever is late is cut off."""
+        self._cut(time.monotonic(), MAX_REQUESTS)
+
+    def _cut(self, before: float, most: int) -> None:
+        """The oldest of those due before: their threads, wherever they read or write, are woken up and end."""
+        for client in [client for client, due in self.clients.copy().items() if due < before][:most]:
+            with contextlib.suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
+
+    def get_request(self) -> Any:
+        """Out of descriptors accept() fails at once, again and again: not in a hot loop."""
+        try:
+            client, address = super().get_request()
+        except OSError:
+            threading.Event().wait(0.1)
+            raise
+        if self._tls:  # the handshake is at the first read: its thread's, not the acceptor's
+            client = self._tls.wrap_socket(client, server_side=True, do_handshake_on_connect=False)
+        return client, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """In a new thread, if one is free."""
+        """In a new thread. Raises RuntimeError where there is none to be had."""
         if not self._free.acquire(blocking=False):
-            with contextlib.suppress(OSError):
-                request.send(
-                    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-                    b'Content-Length: 18\r\nConnection: close\r\n\r\n{"error": "busy"}\n'
-                )
-            self.shutdown_request(request)
-            return
+            self._cut(math.inf, 1)
+            if not self._free.acquire(timeout=0.2):
+                raise RuntimeError("busy")
+        self.clients[request] = time.monotonic() + REQUEST_TIME
         super().process_request(request, client_address)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """The TLS handshake is the thread's, not the acceptor's."""
-        try:
-            if self._tls:
-                request.settimeout(REQUEST_TIME)
-                request = self._tls.wrap_socket(request, server_side=True)
-            super().process_request_thread(request, client_address)
-        except OSError as error:
-            log.debug("http %s: %s", client_address[0], error)
-        finally:
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """No thread was to be had: before its request was read, so that only a short answer can arrive."""
+        log.debug("http %s: %s", client_address[0], sys.exc_info()[1])
+        head = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        with contextlib.suppress(OSError):
+            request.settimeout(0)
+            request.send(head + b'Content-Length: 18\r\n\r\n{"error": "busy"}\n')
+
+    def shutdown_request(self, request: Any) -> None:
+        """The end of every connection."""
+        super().shutdown_request(request)
+        if self.clients.pop(request, None):
             self._free.release()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """No traceback for a client that went away."""
-        log.debug("http %s: %s", client_address[0], sys.exc_info()[1])
+
+def serve_api(agent: Api, clients: dict[Any, float]) -> None:
+    """Thread "http", for ever. The IPs come first: where the API cannot listen it tries again."""
+    trouble = ""
+    while True:
+        try:
+            with Server(agent, clients) as server:
+                if trouble:
+                    log.info("API: listens on %s after all", agent.config.listen)
+                trouble = ""
+                server.serve_forever()
+        except Exception as error:
+            if str(error) != trouble:
+                log.warning("API: %s: %s; the IPs are served, and it is tried again", agent.config.listen, error)
+            trouble = str(error)
+        threading.Event().wait(1)
+
+
+################################################################################
+# Configuration: one table feeds the file, the environment, the flags, --help and the README
+################################################################################
+
+
+def option(
+    default: Any, text: str, *, low: float = 0, high: float = 1e6, choices: Sequence[str] = (), flag: bool = True
+) -> Any:
+    """A row: default, help, range of a number, words allowed, whether it has a flag."""
+    meta = {"help": text, "default": default, "low": low, "high": high, "choices": choices, "flag": flag}
+    return field(default_factory=lambda: default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The configuration of one agent; times in seconds."""
+
+    hostname: str = option("", "name of this host among the contenders; default: the machine's")
+    interface: str = option("", "network interface that carries the virtual IPs; required")
+    zookeeper: str = option("", 'ensemble, "h1:2181,h2:2181,h3:2181/optional-chroot"; empty: the wire alone decides')
+    zookeeper_auth: str = option("", '"user:password" (digest); nodes are then LinK\'s alone', flag=False)
+    zookeeper_tls_ca: str = option("", "PEM file of the authority that signed ZooKeeper's certificate: turns TLS on")
+    zookeeper_tls_cert: str = option("", "PEM file of this host's certificate for ZooKeeper")
+    zookeeper_tls_key: str = option("", "PEM file of that certificate's key")
+    session_timeout: float = option(4.0, "seconds asked of ZooKeeper; what it grants is what counts", low=1)
+    listen: str = option("127.0.0.1:1313", "address and port of the HTTP API")
+    user: str = option("", "HTTP basic authentication; required unless listen is loopback")
+    password: str = option("", "HTTP basic authentication; required unless listen is loopback", flag=False)
+    tls_cert: str = option("", "PEM file: serve the API over HTTPS")
+    tls_key: str = option("", "PEM file of that certificate's key")
+    state_dir: str = option("/var/lib/link", "where IPs added through the API and the session are kept")
+    health_check_interval: int = option(5, "seconds between checks where an IP does not say", low=1, high=3600)
+    health_check_timeout: float = option(5.0, "seconds after which a check has failed", low=0.1)
+    health_check_fall: int = option(3, "failures in a row that make an IP FAILING", low=1)
+    health_check_rise: int = option(1, "successes in a row that end FAILING", low=1)
+    probe_interval: float = option(0.05, "seconds between two probes of a holder", low=0.005)
+    probe_count: int = option(3, "unanswered probes that make a holder silent; 0: never ask the wire")
+    witnesses: list[Any] = option([], "addresses on the interface that prove this host can hear", flag=False)
+    promise: str = option(
+        "at-least-one", "at-least-one, or at-most-one for services that must not run twice",
+        choices=("at-least-one", "at-most-one"))  # fmt: skip
+    max_ips: int = option(1000, "most IPs this host accepts", low=1)
+    ips: list[Any] = option([], "IPs that this host always has: ip, checks, healthcheck_interval", flag=False)
+    log_level: str = option("INFO", "DEBUG, INFO, WARNING or ERROR", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+
+    @functools.cached_property
+    def virtual_ips(self) -> list[VirtualIP]:
+        """`ips`, parsed. The id of a configured IP depends on its address alone, so it survives restarts."""
+        parsed = [VirtualIP.parse(raw, self.health_check_interval) for raw in self.ips]
+        ids = (f"vip-{uuid.uuid5(uuid.NAMESPACE_URL, 'link:' + vip.address)}" for vip in parsed)
+        return [replace(vip, id=vip.id or new) for vip, new in zip(parsed, ids, strict=True)]
+
+    @property
+    def witness_addresses(self) -> list[str]:
+        """`witnesses` as they are read from the wire: FE80::0099 is fe80::99. Raises ValueError."""
+        return [str(ipaddress.ip_address(str(witness))) for witness in self.witnesses]
+
+    @property
+    def ensemble(self) -> tuple[str, str]:
+        """ZooKeeper's servers, and the node below which the locks are: /link, also below a chroot."""
+        servers, _, chroot = self.zookeeper.partition("/")
+        return servers, f"/{chroot}".rstrip("/") + "/link"
+
+    @property
+    def at_most_one(self) -> bool:
+        """Whether this host must rather let go than share."""
+        return self.promise == "at-most-one"
+
+    @property
+    def listen_address(self) -> tuple[str, int]:
+        """`listen` as host (an address, or localhost) and port. Raises ValueError."""
+        host, _, port = self.listen.rpartition(":")
+        host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+        with contextlib.suppress(ValueError):
+            if (host == "localhost" or ipaddress.ip_address(host)) and 0 <= int(port) <= 65535:
+                return host, int(port)
+        raise ValueError(f"{self.listen!r} is not address:port, e.g. 127.0.0.1:1313")
+
+
+OPTIONS = fields(Config)
+REMOVED = {  # keys of earlier versions, and what to do instead
+    "on_fault": "what is silent is taken; who wants none rather than two sets promise: at-most-one",
+    "zookeeper_root": "locks are below /link; a chroot in zookeeper, h1:2181/x, makes it /x/link; stop all to change",
+    "handover_timeout": "it is 1 s",
+    "stop_timeout": "it is 10 s",
+    "announce_count": "announcements go out 0, 0.1, 0.3, 1, 2, 5 and 10 s after a bind",
+    "announce_interval": "announcements are repeated each 60 s",
+    "log_format": "journalctl -o json prints the log as JSON",
+}
+KEYS = {"LINK_" + key.upper(): key for key in (*(option.name for option in OPTIONS), *REMOVED)}  # by variable
+
+
+def _wrong_values(c: Config) -> Iterator[tuple[str, Any]]:
+    """Key, and what is wrong with it (anything false: nothing); each may rely on those before it."""
+    for o in OPTIONS:
+        value, (low, high, choices) = getattr(c, o.name), (o.metadata[m] for m in ("low", "high", "choices"))
+        outside = isinstance(value, int | float) and not low <= value <= high
+        yield o.name, outside and f"{value} is out of range; use {low:g} to {high:g}"
+        yield o.name, choices and value not in choices and f"{value!r} is none of {', '.join(choices)}"
+    for key, parsed in (("listen", "listen_address"), ("witnesses", "witness_addresses"), ("ips", "virtual_ips")):
+        try:
+            getattr(c, parsed)
+        except (ValueError, Invalid) as error:
+            yield key, str(error)
+    right = re.fullmatch(r"[0-9A-Za-z][\w.-]{0,252}", c.hostname, re.ASCII)
+    yield "hostname", not right and f"{c.hostname!r} is not a host name"
+    yield "interface", not c.interface and "required; name the one that carries the virtual IPs, e.g. interface: eth0"
+    right = re.fullmatch(r"[^\s/]{1,15}", c.interface)
+    yield "interface", not right and f"{c.interface!r} is not an interface name"
+    yield "zookeeper", _wrong_ensemble(c)
+    yield "zookeeper_auth", c.zookeeper_auth and ":" not in c.zookeeper_auth and "must be user:password"
+    short = c.at_most_one and c.session_timeout < 2
+    yield "session_timeout", short and "at-most-one needs 2 s or more: kernels count address lifetimes in whole seconds"
+    host = c.listen_address[0]
+    open_ = not c.password and host != "localhost" and not ipaddress.ip_address(host).is_loopback
+    yield "user", open_ and f"required with password because listen ({c.listen}) is not loopback"
+    yield "user", c.user and not c.password and "needs password, too"
+    yield "password", c.password and not c.user and "needs user, too"
+    slow = c.probe_interval * max(c.probe_count, 1) >= c.session_timeout
+    yield "probe_interval", slow and "probe_interval * probe_count must be less than session_timeout; lower one"
+    yield "probe_count", c.probe_count == 1 and "one lost packet is no silence; use 0, or 2 or more"
+    blind = not c.probe_count and not c.zookeeper
+    yield "probe_count", blind and "without zookeeper the wire decides: set it, or use 2 or more"
+    scoped = [witness for witness in c.witness_addresses if "%" in witness]
+    yield "witnesses", scoped and f"{scoped[0]}: leave out the scope, it is the interface"
+    alone = c.at_most_one and not c.zookeeper
+    yield "promise", alone and "at-most-one needs ZooKeeper; set zookeeper, or use at-least-one"
+    names = [vip.address for vip in c.virtual_ips]
+    yield "ips", len({*names}) < len(names) and f"{max(names, key=names.count)} is there twice; remove one"
+    yield "ips", len(names) > c.max_ips and f"{len(names)} IPs are more than max_ips ({c.max_ips}); raise max_ips"
+
+
+def _wrong_ensemble(c: Config) -> str:
+    """Also what kazoo would take and die of later: names that the idna codec refuses (RFC 1035, section 2.3.4)."""
+    servers, _, chroot = c.zookeeper.partition("/")
+    for server in servers.split(",") if c.zookeeper else ():
+        host, _, port = server.rpartition(":")
+        if ":" in host and not host.startswith("["):
+            return f"{server}: put IPv6 addresses into brackets, e.g. [fd77::11]:2181"
+        right = len(host) < 254 and bool(re.fullmatch(r"[\w-]{1,63}(\.[\w-]{1,63})*\.?", host, re.ASCII))
+        with contextlib.suppress(ValueError):
+            right = right or (host.endswith("]") and bool(ipaddress.IPv6Address(host[1:-1])))
+        if not right or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+            return f"{server!r} is not host:port; use host:port[,host:port...][/chroot]"
+    path = re.fullmatch(r"((?!\.{1,2}(/|$))[!-.0-~]+(/|$))*", chroot)
+    return "" if path else f"the chroot {'/' + chroot!r} is no path; use host:port[,host:port...][/chroot]"
+
+
+def _typed(option: Any, value: Any) -> Any:
+    """`value` (text from the environment or a flag, or YAML) as the option's type. Raises ConfigError."""
+    kind = type(option.metadata["default"])
+    value = _yaml(value, option.name) if isinstance(value, str) and kind is list else value
+    with contextlib.suppress(ValueError, OverflowError):
+        if kind is list and isinstance(value, list):
+            return value
+        scalar = isinstance(value, str | int | float) and not isinstance(value, bool) and kind is not list
+        if scalar and (kind is not int or float(value) == int(float(value))):
+            return kind(value if kind is str else float(value))
+    words = {str: "text", int: "a whole number", float: "a number", list: "a list"}
+    raise ConfigError(f"{option.name}: {value!r} is not {words[kind]}")
+
+
+def _yaml(text: str, where: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError, also for a key that does not exist."""
+    try:
+        got = _yaml(Path(path).read_text(encoding="utf-8"), path) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(got, dict):
+        raise ConfigError(f"{path}: must be a mapping of keys to values")
+    if unknown := [key for key in got if key not in KEYS.values()]:
+        raise ConfigError(f"{path}: unknown key {unknown[0]!r}; see link.py --help for the keys")
+    return got
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """What to say of each LINK_* that is no key. No error: container engines set LINK_PORT for a service named link."""
+    names = sorted(name for name in environ if name.startswith("LINK_") and name not in KEYS)
+    return [f"{name} in the environment is no key, and ignored; see link.py --help for the keys" for name in names]
+
+
+def make_config(file: Mapping[str, Any], environ: Mapping[str, str], flags: Mapping[str, Any]) -> Config:
+    """Defaults < file < LINK_* environment < flags, validated. Raises ConfigError."""
+    from_environ = {key: environ[name] for name, key in KEYS.items() if name in environ}
+    given = dict[str, Any]()
+    for source in (file, from_environ, flags):
+        given.update({key: value for key, value in source.items() if value is not None})
+    for key in REMOVED.keys() & given.keys():
+        raise ConfigError(f"{key}: is no key any more, remove it: {REMOVED[key]}")
+    values = {option.name: _typed(option, given[option.name]) for option in OPTIONS if option.name in given}
+    config = Config(**{**values, "hostname": values.get("hostname") or socket.gethostname()})
+    for key, wrong in _wrong_values(config):
+        if wrong:
+            raise ConfigError(f"{key}: {wrong}")
+    tls_context(config), tls_context(config, "zookeeper_")
+    return config
 
 
 ################################################################################
 # Main
 ################################################################################
 
+RUN = Path("/run/link")  # of root or the service (RuntimeDirectory=)
+
 
 def notify(message: str) -> None:
     """sd_notify(3); does nothing where no supervisor listens."""
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if path:
+    if path := os.environ.get("NOTIFY_SOCKET", ""):
+        address = "\0" + path[1:] if path.startswith("@") else path
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(message.encode(), address)
+
+
+class LogQueue(logging.handlers.QueueHandler):
+    """Hands lines to a thread that writes them: a stderr that blocks (a full pipe, a stopped journal) stops no loop."""
+
+    queue: queue.Queue[logging.LogRecord]
+    lost = 0
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Drop it where the queue is full, and say so when there is room again."""
+        if self.lost:
+            record.msg = f"{record.msg} ({self.lost} lines before this one were lost: the log was blocked)"
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-                sock.sendto(message.encode(), "\0" + path[1:] if path.startswith("@") else path)
-        except OSError as error:
-            log.debug("sd_notify: %s", error)
+            self.queue.put_nowait(record)
+            self.lost = 0
+        except queue.Full:
+            self.lost += 1
+
+    def drain(self, wait: float = 1.0) -> None:
+        """Return when all is written, or after so many seconds."""
+        with self.queue.all_tasks_done:
+            self.queue.all_tasks_done.wait_for(lambda: not self.queue.unfinished_tasks, wait)
 
 
-class JsonFormatter(logging.Formatter):
-    """One object per line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Time in UTC, level, message, and the traceback if there is one."""
-        stamp = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        entry = {"time": stamp, "level": record.levelname, "message": record.getMessage()}
-        if record.exc_info:
-            entry["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(entry)
-
-
-def set_up_logging(config: Config) -> None:
+def set_up_logging(config: Config) -> LogQueue:
     """To stderr; no time of our own where the journal adds it."""
     stamp = "" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s.%(msecs)03d "
-    text = logging.Formatter(stamp + "%(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if config.log_format == "json" else text)
+    handler, stderr = LogQueue(queue.Queue(10000)), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    stderr.setFormatter(logging.Formatter(stamp + "%(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
+    logging.handlers.QueueListener(handler.queue, stderr).start()
     logging.basicConfig(level=logging.CRITICAL, handlers=[handler], force=True)  # the libraries: not a word
     log.setLevel(config.log_level)
+    return handler
 
 
-def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line; one flag per option that may be seen in a process list."""
+def load(argv: Sequence[str]) -> tuple[Config, bool]:
+    """The configuration, and whether only to check it; a flag per option that may be seen in a process list.
+
+    Raises ConfigError, or SystemExit for a flag that does not exist (2), --help and --version.
+    """
     parser = argparse.ArgumentParser(prog="link.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", metavar="FILE", help="YAML file (default: /etc/link/link.yml if it exists)")
     parser.add_argument("--check", action="store_true", help="validate the configuration and exit: 0 right, 2 wrong")
     parser.add_argument("--version", action="version", version=f"LinK {VERSION}")
-    group = parser.add_argument_group(
-        "configuration", "also keys of the file, and LINK_<KEY> in the environment; file < environment < flags"
-    )
-    for opt in OPTIONS:
-        default = default_of(opt)
-        text = opt.metadata["help"] + (f" (default: {default})" if default not in ("", []) else "")
-        if opt.metadata["flag"]:
-            group.add_argument("--" + opt.name.replace("_", "-"), metavar="VALUE", help=text.replace("%", "%%"))
-    group.description = f"{group.description}\nin the file and the environment only: " + ", ".join(
-        opt.name for opt in OPTIONS if not opt.metadata["flag"]
-    )
-    return parser.parse_args(argv)
-
-
-def load(argv: Sequence[str]) -> tuple[Config, bool]:
-    """The configuration, and whether only to check it. Raises ConfigError."""
-    args = arguments(argv)
+    secret = ", ".join(option.name for option in OPTIONS if not option.metadata["flag"])
+    more = "also keys of the file, and LINK_<KEY> in the environment; file < environment < flags\n"
+    group = parser.add_argument_group("configuration", f"{more}in the file and the environment only: {secret}")
+    for option in (option for option in OPTIONS if option.metadata["flag"]):
+        default = option.metadata["default"]
+        text = option.metadata["help"] + (f" (default: {default})" if default != "" else "")
+        group.add_argument("--" + option.name.replace("_", "-"), metavar="VALUE", help=text.replace("%", "%%"))
+    for key in REMOVED:  # understood, to be refused with the remedy
+        group.add_argument("--" + key.replace("_", "-"), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
     path = args.config or ("/etc/link/link.yml" if Path("/etc/link/link.yml").exists() else "")
     return make_config(read_config(path) if path else {}, os.environ, vars(args)), args.check
 
 
-def check_installation() -> None:
-    """Raises ConfigError where a library is missing."""
-    for name in ("kazoo.client", "pyroute2", "scapy.layers.l2", "scapy.layers.inet6", "yaml"):
+def check(config: Config) -> None:
+    """All that can be known before a start; changes nothing. Raises ConfigError, or OSError: the agent would fail."""
+    for name in ("kazoo.client", "scapy.layers.l2", "scapy.layers.inet6", "yaml"):
         try:
             __import__(name)
         except ImportError as error:
             raise ConfigError(f"cannot import {name} ({error}): pip install -r requirements.txt") from None
-
-
-def lock_state_dir(config: Config) -> Any:
-    """Held until the process ends. Raises BlockingIOError where another agent has it."""
-    directory = Path(config.state_dir)
+    warnings = unknown_variables(os.environ)
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = open(directory / "lock", "w", encoding="ascii")  # noqa: SIM115
+        warnings += [f"{config.state_dir}: {what} {why}" for what, why in Store(config).read_ips().items()]
+    except PermissionError as error:  # to whoever checks; the agent may be another user
+        warnings += [f"{config.state_dir}: was not looked at ({error})"]
+    try:
+        trouble = Network(config.interface).sync(listen=False)[0].trouble
     except OSError as error:
-        log.warning("%s cannot be written (%s): a restart will not remember", config.state_dir, error.strerror)
-        return None
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return lock
+        trouble = f"was not looked at ({error})"
+    warnings += [f"{config.interface}: {trouble}"] if trouble else []  # the interface may come later
+    for warning in warnings:
+        print(f"link.py: warning: {warning}", file=sys.stderr)
+    print("configuration OK")
 
 
-def lock_interface(config: Config) -> Any:
-    """Held until the process ends: a name in the network namespace (unix(7)). Raises OSError where it is taken."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    sock.bind(f"\0link on {config.interface}")
-    return sock
+def lock(config: Config) -> list[int | None]:
+    """State directory and interface (each network namespace has its own of that name), until this process ends.
+
+    None for what cannot be locked; raises BlockingIOError where another agent has it. flock(2) on files that nobody
+    else may open, in directories of our own: any user could bind an abstract socket's name.
+    """
+    locks = list[int | None]()
+    for path in (Path(config.state_dir, "lock"), RUN / f"{config.interface}.{os.stat('/proc/self/ns/net').st_ino}"):
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            file = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locks.append(file)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): nothing keeps a second agent away", path, error.strerror)
+            locks.append(None)
+    return locks
 
 
-def upgrade(agent: Agent, argv: Sequence[str]) -> None:
+def upgrade(agent: Agent, argv: Sequence[str], clients: Mapping[Any, float]) -> None:
     """SIGHUP: prove the new file and configuration in a child process, then execute it in place of this one."""
     command = [sys.executable, os.path.abspath(__file__), *argv]
 
@@ -3313,88 +3548,88 @@ def upgrade(agent: Agent, argv: Sequence[str]) -> None:
         with contextlib.suppress(OSError):
             child = os.posix_spawn(sys.executable, [*command, "--check"], os.environ)
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        agent.post(proven, status)
+        agent.post(proven, status, agent.clock.now() + 3)
 
-    def proven(status: int) -> None:
+    def proven(status: int, deadline: float) -> None:
+        now = agent.clock.now()
         if status:
             log.error("reload: the new program or configuration is wrong (exit code %d): going on as before", status)
             notify("READY=1")
+        elif (agent.busy() or math.inf in [*clients.values()]) and now < deadline:  # they get an answer
+            if now > deadline - TICK:
+                agent.refuse("restarting")
+            threading.Timer(LINGER, agent.post, (proven, status, deadline)).start()
         elif agent.stopping is None:
             log.info("reload: executing %s", command[1])
-            agent._save_session(now=True)
             agent.execute = lambda: os.execv(sys.executable, command)
 
     notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     threading.Thread(target=prove, daemon=True).start()
 
 
-def build(config: Config) -> Agent:
-    """The agent with its real ports."""
-    network = Network(config.interface)
-
-    def connect(agent: Agent) -> Coordinator:
-        return Coordinator(config, agent.clock.now, agent.post, agent.coordinator_changed)
-
-    return Agent(config, network, connect if config.zookeeper else None)
-
-
-def serve(config: Config, argv: Sequence[str]) -> None:
+def serve(config: Config, argv: Sequence[str], written: Callable[[], None]) -> None:
     """Run until stopped. Raises OSError."""
+
+    def connect(agent: Agent) -> Referee | NoReferee:
+        return Referee(config, agent.clock.now, agent.post, agent.referee_news) if config.zookeeper else NoReferee()
+
+    def stop(number: int, _: object) -> None:
+        stops.append(number)
+        agent.post(agent.stop)
+
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    agent = build(config)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: agent.post(agent.stop))
-    signal.signal(signal.SIGHUP, lambda *_: agent.post(upgrade, agent, argv))
-    server = Server(agent)
+    agent = Api(config, Network(config.interface), Store(config), connect)
+    clients, stops = dict[Any, float](), list[int]()
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGHUP, lambda *_: agent.post(upgrade, agent, argv, clients))
     agent.start()
-    threading.Thread(target=server.serve_forever, daemon=True, name="http").start()
+    threading.Thread(target=serve_api, args=(agent, clients), daemon=True, name="http").start()
     log.info("LinK %s on %s: interface %s, API on %s", VERSION, config.hostname, config.interface, config.listen)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-    if not agent.vips:  # else scapy was read for their frames: 0.3 s that the loop must not lose later
-        build_frames(ipaddress.IPv6Address("::"), bytes(6), {})
     gc.freeze()  # the libraries: to look through them all now and then would halt the loop for 50 ms
     notify("READY=1")
     agent.run()
     if agent.execute:
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        logging.shutdown()
+        for number in stops[:1]:  # too late for the loop; it stays pending for the next program (execve(2))
+            signal.pthread_kill(threading.get_ident(), number)
+        agent.save()
+        written()
         agent.execute()
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code."""
     try:
-        config, check = load(argv)
-        if check:
-            check_installation()
-            print("configuration OK")
+        config, only_check = load(argv)
+        if only_check:
+            check(config)
             return 0
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         print(f"link.py: {error}", file=sys.stderr)
-        return 2
-    set_up_logging(config)
+        return 2 if isinstance(error, ConfigError) else 1
+    written, held = set_up_logging(config).drain, None
+    for warning in unknown_variables(os.environ):
+        log.warning("%s", warning)
     sys.setswitchinterval(0.0005)  # the loop must not wait 5 ms for each of kazoo's turns
+    code = 0
     try:
-        locks = lock_state_dir(config), lock_interface(config)
-    except OSError:
-        taken = f"interface {config.interface} or with state_dir {config.state_dir}"
-        log.error("another agent runs on %s: stop it, or give this one its own", taken)
-        return 3
-    try:
-        serve(config, argv)
-    except ConfigError as error:
-        log.error("%s", error)
-        return 2
-    except Exception:
-        log.exception("the agent has failed")
-        return 1
-    del locks
-    return 0
+        held = lock(config)
+        serve(config, argv, written)
+    except Exception as error:
+        code = 3 if held is None and isinstance(error, BlockingIOError) else 1
+        where = f"interface {config.interface} or with state_dir {config.state_dir}"
+        if code == 1:
+            log.exception("the agent has failed")
+        else:
+            log.error("another agent runs on %s: stop it, or give this one its own", where)
+    written()
+    return code
 
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    logging.shutdown()
     sys.stdout.flush()
     os._exit(code)  # taking the libraries apart would last longer than handing over an IP

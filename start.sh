@@ -5,13 +5,14 @@ cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 
 readonly VENV=.venv
 readonly INTERFACES=(eth10 eth11 eth12)
+readonly DEMO=/run/link-demo # the demo's files, while it runs
 
 usage() {
     cat <<'END'
 Usage: sudo ./start.sh [--zookeeper]          three hosts on this machine to play with; Ctrl-C removes them
                                               (--zookeeper: with a private ZooKeeper; without, the wire decides)
        sudo ./start.sh interfaces [remove]    make (remove) eth10, eth11 and eth12 on this machine
-       sudo ./start.sh test [PYTEST OPTIONS]  run the whole test suite
+       sudo ./start.sh test [PATH_OR_OPTION…] run the tests in these paths; without a path the whole suite
        sudo ./start.sh bench [OPTIONS]        measure
        sudo ./start.sh LINK.PY OPTIONS        run link.py itself, for example: --config link.yml, --version, --check
 
@@ -48,7 +49,7 @@ quietly() {
 
 # python_packages FILE: bring the virtual environment in line with a requirements file, if one has changed.
 python_packages() {
-    local stamp="$VENV/.$1.sha256"
+    local stamp="$VENV/.${1//\//-}.sha256"
     packages python3 python3-venv iproute2
     [[ -x $VENV/bin/python ]] || quietly /usr/bin/python3 -m venv "$VENV"
     sha256sum --check --status "$stamp" 2>/dev/null && return
@@ -57,12 +58,177 @@ python_packages() {
     sha256sum requirements.txt "$1" >"$stamp"
 }
 
+# ------------------------------------------------------------------------------------------------------------ demo
+#
+# A host is a network namespace, its cable a veth pair, the LAN a bridge in a namespace of its own.
+
 demo() {
-    packages curl iputils-ping
-    [[ " $* " != *" --zookeeper "* ]] || packages zookeeper
+    local number net log status until zookeeper="" seconds=infinity
+    while (($#)); do
+        case $1 in
+        --zookeeper) zookeeper=1 ;;
+        --exit-after) seconds=${2:?seconds} && shift ;;
+        *) fail "demo: $1 is no option of it (see --help)" ;;
+        esac
+        shift
+    done
+    packages curl iputils-ping ${zookeeper:+zookeeper}
     python_packages requirements.txt
-    exec "$VENV/bin/python" lab.py demo "$@"
+    [[ ! -e $DEMO/pid || ! -d /proc/$(<"$DEMO/pid") ]] || fail "a demo runs already: end it first (kill $(<"$DEMO/pid"))"
+    clear_demo # what a killed one has left
+    net=$(free_subnet)
+    trap 'exit 0' INT TERM HUP
+    trap 'trap "" INT TERM HUP; say "removing the demo" || true; kill $(jobs -p) 2>/dev/null || true; clear_demo' EXIT
+    mkdir -m 700 "$DEMO"
+    echo $$ >"$DEMO/pid"
+    make_lan "$net"
+    [[ -z $zookeeper ]] || start_zookeeper "$net"
+    for number in 1 2 3; do
+        make_host "$number" "$net" "${zookeeper:+$net.250:2181}"
+        supervise "$number" >>"$DEMO/node$number/log" 2>/dev/null &
+    done
+    until=$((SECONDS + 30))
+    for number in 1 2 3; do
+        log=$DEMO/node$number/log
+        until curl -sfo /dev/null -m 1 -u link:link "http://$net.$number:1313/ips"; do
+            ((SECONDS < until)) || fail "no answer from the agent of node$number:"$'\n'"$(<"$log")"
+            sleep 0.1
+        done
+    done
+    guide "$net"
+    for number in 1 2 3; do follow "$number" & done
+    sleep "$seconds" & # a wait can be interrupted, a sleep cannot
+    wait $! || true
 }
+
+# clear_demo: kill every process of the demo's hosts, remove the hosts, the switch and the files.
+clear_demo() {
+    local name pids
+    rm -f "$DEMO/pid" # from now on nobody is started again
+    ip link del linklan 2>/dev/null || true
+    for name in link1 link2 link3 linkzk linksw; do
+        [[ -e /run/netns/$name ]] || continue
+        mapfile -t pids < <(ip netns pids "$name")
+        ((${#pids[@]} == 0)) || kill -9 "${pids[@]}" 2>/dev/null || true
+        ip netns del "$name"
+    done
+    rm -rf "$DEMO"
+}
+
+# free_subnet: the first three bytes of a /24 that this machine does not use.
+free_subnet() {
+    local net routes
+    for net in 10.77.0 10.78.0 172.30.77 192.168.177; do
+        routes=$(ip -4 route show table all root "$net.0/24" && ip -4 route show table all match "$net.0/24")
+        grep -v '^default' <<<"$routes" | grep -q . || { echo "$net" && return; }
+    done
+    fail "no free subnet for the demo"
+}
+
+# cable NAMESPACE INTERFACE PORT NUMBER NET: make a namespace and plug it into the switch.
+cable() {
+    ip netns add "$1"
+    ip netns exec "$1" sh -c 'echo 1 >/proc/sys/net/ipv4/conf/all/arp_ignore'
+    ip link add name "$3" netns linksw type veth peer name "$2" netns "$1" address "02:4c:00:00:00:$(printf %02x "$4")"
+    ip -n linksw link set "$3" master br0 up
+    ip -n "$1" link set lo up
+    ip -n "$1" link set "$2" up
+    ip -n "$1" addr add "$5.$4/24" dev "$2"
+    ip -n "$1" addr add "fd77::$4/64" dev "$2" nodad
+}
+
+# make_lan NET: the switch, with this machine at its end .254.
+make_lan() {
+    ip netns add linksw
+    ip netns exec linksw sh -c 'echo 1 >/proc/sys/net/ipv6/conf/default/disable_ipv6'
+    ip -n linksw link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0
+    ip -n linksw link set br0 up
+    ip link add name linklan address 02:4c:00:00:00:fe type veth peer name pout netns linksw
+    ip -n linksw link set pout master br0 up
+    ip link set linklan up
+    ip addr add "$1.254/24" dev linklan
+}
+
+start_zookeeper() {
+    local directory=$DEMO/zookeeper jars=/usr/share/java/zookeeper.jar:/usr/share/java/slf4j-simple.jar
+    say "starting ZooKeeper"
+    cable linkzk eth0 pzk 250 "$1"
+    mkdir "$directory"
+    printf '%s\n' "dataDir=$directory" "clientPort=2181" "tickTime=500" "maxSessionTimeout=60000" \
+        "admin.enableServer=false" "4lw.commands.whitelist=srvr" >"$directory/cfg"
+    ip netns exec linkzk setsid java -Xmx96m -cp "$jars" org.apache.zookeeper.server.quorum.QuorumPeerMain \
+        "$directory/cfg" >"$directory/log" 2>&1 &
+    disown # nobody is told when it is killed
+    for _ in {1..300}; do
+        ! curl -s -m 1 "telnet://$1.250:2181" <<<srvr 2>/dev/null | grep -q ^Mode || return 0
+        sleep 0.1
+    done
+    fail "ZooKeeper does not start:"$'\n'"$(tail "$directory/log")"
+}
+
+# make_host NUMBER NET ZOOKEEPER: a host and its agent's configuration.
+make_host() {
+    cable "link$1" "eth1$(($1 - 1))" "p$1" "$1" "$2"
+    mkdir "$DEMO/node$1"
+    printf '%s\n' "hostname: node$1" "interface: eth1$(($1 - 1))" "listen: $2.$1:1313" "user: link" "password: link" \
+        "state_dir: $DEMO/node$1/state" "zookeeper: '$3'" >"$DEMO/node$1/link.yml"
+}
+
+# supervise NUMBER: run the agent, as systemd would: again a second after a crash; one that was stopped stays down.
+supervise() {
+    local status stopped=$DEMO/node$1/stopped
+    while [[ -e $DEMO/pid && $(<"$DEMO/pid") == "$$" ]]; do
+        status=0
+        ip netns exec "link$1" setsid "$PWD/$VENV/bin/python" link.py --config "$DEMO/node$1/link.yml" 2>&1 || status=$?
+        if ((status)); then
+            echo "the agent ended with $status, next start in 1 s"
+            sleep 1
+        elif [[ -e $DEMO/pid ]]; then
+            echo "the agent was stopped; to start it again: sudo rm $stopped"
+            touch "$stopped"
+            while [[ -e $stopped ]]; do sleep 0.3; done
+        fi
+    done
+}
+
+# follow NUMBER: print what a host logs, in its colour.
+follow() {
+    local colour="" plain=""
+    [[ ! -t 1 ]] || { colour=$'\e['$((32 + $1))m && plain=$'\e[0m'; }
+    tail --pid=$$ -n +1 -f "$DEMO/node$1/log" | sed -u "s/.*/${colour}node$1 | &${plain}/"
+}
+
+guide() {
+    cat <<END
+
+Three hosts are up: node1 $1.1, node2 $1.2, node3 $1.3. Try, in another terminal:
+
+  # one virtual IP on all three hosts
+  for n in 1 2 3; do curl -su link:link -X POST $1.\$n:1313/ips -d '{"ip": "$1.100/32"}'; done
+  curl -su link:link $1.1:1313/ips        # who has it, as this host sees it: "bound", "wire", "reason"
+  ping $1.100
+
+  # pull the cable of node1 (of node2, node3: p2, p3), see who has it now, and put the cable back
+  sudo ip netns exec linksw ip link set p1 down
+  sudo ip netns exec linksw ip link set p1 up
+
+  # move it without a lost packet: node2 takes it, then gives it to another
+  curl -su link:link -X POST $1.2:1313/ips/$1.100/lock
+  curl -su link:link -X POST $1.2:1313/ips/$1.100/failover
+
+  # stop the agent of node1 (of node2: link2): if it has the IP, another takes it first. Then start it again
+  sudo kill \$(sudo ip netns pids link1)
+  sudo rm $DEMO/node1/stopped
+
+  # let the agent of node1 crash: it is started again after a second, as systemd would, and nothing moves
+  sudo kill -9 \$(sudo ip netns pids link1)
+
+Ctrl-C ends the demo and removes everything. The logs:
+
+END
+}
+
+# ------------------------------------------------------------------------------------------- what else there is
 
 interfaces() {
     local name
@@ -98,6 +264,24 @@ remove_interface() {
     say "$1: removed"
 }
 
+# run_tests PATH_OR_OPTION...: what is named, or everything.
+run_tests() {
+    local argument paths=()
+    for argument in "$@"; do
+        [[ $argument == -* || ! -e ${argument%%::*} ]] || paths+=("${argument%%::*}")
+    done
+    if ((${#paths[@]} == 0)); then
+        paths=(test_link.py tests/test_sim.py tests/test_network.py tests/test_real.py tests/test_ansible.py)
+        set -- "${paths[@]}" "$@"
+    fi
+    [[ ! ${paths[*]} =~ real|tests/?( |$) ]] || packages zookeeper
+    # hosts in containers, the Vagrant files, the scripts
+    [[ ! ${paths[*]} =~ ansible|tests/?( |$) ]] ||
+        packages mmdebstrap systemd-container openssh-client openssl util-linux vagrant shellcheck
+    python_packages tests/requirements.txt
+    exec "$VENV/bin/python" -m pytest "$@"
+}
+
 main() {
     local command=${1:-demo}
     [[ $command != --help && $command != -h ]] || { usage && exit; }
@@ -113,15 +297,12 @@ main() {
         interfaces "${@:2}"
         ;;
     test)
-        # the last seven are for test_ansible.py: hosts in containers, the Vagrant files, the scripts
-        packages zookeeper mmdebstrap systemd-container openssh-client openssl util-linux vagrant shellcheck
-        python_packages requirements-dev.txt
-        exec "$VENV/bin/python" -m pytest test_link.py test_sim.py test_lab.py test_ansible.py "${@:2}"
+        run_tests "${@:2}"
         ;;
     bench)
         packages zookeeper
         python_packages requirements.txt
-        exec "$VENV/bin/python" bench.py "${@:2}"
+        exec "$VENV/bin/python" tests/bench.py "${@:2}"
         ;;
     *)
         python_packages requirements.txt

@@ -756,8 +756,6 @@ class Wire:
             return False  # a proxy's answers count for nothing; it makes no announcements
         if heard.kind is not Kind.CLAIM:
             self._askers[heard.mac] = now
-            if heard.asks and heard.broadcast and heard.mac < self._mac and self._about_to_claim(ear):
-                ear.unanswered, ear.asked = 0, False  # two claims would meet: the lower MAC goes first
             return False
         if now - ear.heard > 1.5 * TICK:
             ear.since = now
@@ -766,6 +764,11 @@ class Wire:
         self._changed = self._changed or ear.met != met or ear.unanswered >= self._count
         ear.mac, ear.heard, ear.met, ear.unanswered, ear.asked = heard.mac, now, met, 0, False
         return news
+
+    def give_way(self, address: str, mac: bytes) -> None:
+        """This host asks everybody: where our last question is out, too, two claims would meet. The lower MAC goes."""
+        if mac < self._mac and self._about_to_claim(ear := self._ears[address]):
+            ear.unanswered, ear.asked = 0, False
 
     def _about_to_claim(self, ear: _Ear) -> bool:
         """Whether the last question before the verdict is out, of who does not have the IP."""
@@ -1802,7 +1805,8 @@ class Order:
 class _Moments:
     """When what happened to an IP; None or -inf: it has not."""
 
-    bound: float = -math.inf  # or let go without a word of ZooKeeper
+    bound: float = -math.inf
+    yielded: float = -math.inf  # let go without a word of ZooKeeper
     trusted: float = -math.inf  # we were last sure of it
     leaving: float | None = None
     empty: float | None = None  # the queue, while another host has the IP
@@ -1861,7 +1865,7 @@ class Vip:
         since = now - wire.heard - wire.staying
         rivalled = self.bound and self.intent is Intent.RUN and not self.agent.config.at_most_one
         if not rivalled or wire.heard > TICK or since <= self.at.bound + TICK:  # then: who let go for us
-            since = -math.inf if self.bound else self.at.bound
+            since = self.at.yielded
         return self.agent.referee.view(self.vip.address, now, since)
 
     def facts(self, now: float, lock: LockView) -> Facts:
@@ -1915,7 +1919,8 @@ class Vip:
         trouble = self.trouble(now) or ("" if facts.fit else self.agent.hears_nobody)
         self.reason = f"{decision.reason} ({trouble})" if trouble else decision.reason
         if self.bound and not decision.wanted and lock.lock is Lock.WAITING:
-            self.at.bound = now  # the lock that it had is worth nothing until it is confirmed
+            self.at.yielded = now  # the lock that it had is worth nothing until it is confirmed
+            self.agent.referee.distrust(self.vip.address)
         self._stand(decision, facts, lock, now)
         self._apply(decision.wanted, now)
         self._announce(decision, now)
@@ -2057,6 +2062,8 @@ class Vip:
     def hear(self, heard: Heard, known: bool, fresh: bool, now: float) -> None:
         """Somebody has, asks for, wants or gives it."""
         unknown = self.lock(now).lock is Lock.UNKNOWN
+        if heard.asks and heard.broadcast and unknown:  # else the queue says who goes first
+            self.agent.wire.give_way(self.vip.address, heard.mac)
         if heard.kind is Kind.GIVE and unknown and not heard.broadcast:
             self.at.given = heard.mac, now
         elif heard.kind is Kind.WANT and unknown and self.bound:

@@ -1099,13 +1099,17 @@ def play(w: World, script: str) -> None:
 
 
 DOUBT = "first sick, first has failed once within 60, first ends sick"
-SCENES: list[tuple[str, int, dict[str, Any], str]] = [  # name, seeds, world, script
+SCENES: list[tuple[str, int | list[int], dict[str, Any], str]] = [  # name, seeds, world, script
     *(("with ZooKeeper a dead holder is replaced within 350 ms", 10, {"on_lan": True},
        f"holder {fault}, holder is replaced within 0.35, 10, holder ends {fault}, vip single within 1, 10, vip settles")
       for fault in ("power", "cable", "isolate")),
     # at rest it is asked every 0.125 s; from the first miss on 0.1 s are waited for ZooKeeper, whose leader is gone
     ("a holder that takes its ZooKeeper along is replaced as soon", 20, {},
      "phase 0.007, first cut, second cut, holder power, holder is replaced within 0.26"),
+    # it asks everybody, too, and has the lower MAC: without a lock it would go first
+    ("the second standby's questions do not hold up the first one while ZooKeeper commits nothing",
+     [*range(60, 64), *range(132, 142)], {},
+     "phase 0.0137, zookeeper commits nothing, holder power, holder is replaced within 0.28"),
     # delay: the loop learns in the same turn that the connection was lost and is there again
     ("a dead holder is replaced as soon while ZooKeeper commits nothing", 50, {},
      "phase 0.007, zookeeper commits nothing, first delay, second delay, holder power, holder is replaced within 0.33,"
@@ -1233,6 +1237,8 @@ SCENES: list[tuple[str, int, dict[str, Any], str]] = [  # name, seeds, world, sc
       for fault in ("freeze", "kill", "cut", "power", "isolate", "starve") for timeout in (2.0, 4.0, 6.0)),
     ("at most one rests on the leader and not on a server that has lost it", 10, {"rest": 6, **STRICT},
      "holder has a server without a leader, 10, holder lost it"),
+    ("at most one binds again what an operator has removed", 2, {"hosts": 1, **STRICT},
+     "holder unbind, holder alone has it within 1, vip settles"),
     # nothing is bound and no lifetime begun anew on the strength of one: the kernel is done when the session is
     *(("at most one rests on no old confirmation when the agent hangs", 3, {"rest": rest, **STRICT},
        f"holder cut, {late}, {removed}holder freeze, 8, holder lost it")

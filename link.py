@@ -526,24 +526,15 @@ class Frames:
             return tuple(f[:28] + ip + f[32:38] + ip for f in (self._asking[Kind.ASK][0], self._reply))
         return (_with_sum(na[:22] + ip + na[38:62] + ip + na[78:]),)
 
-    def ask_all(self, address: PlainAddress) -> bytes:
-        """The question "who has it?" to everybody."""
-        return self._ask(Kind.ASK, address)
+    def ask(self, address: PlainAddress, mac: bytes = b"", kind: Kind = Kind.ASK) -> bytes:
+        """The question "who has it?" to one MAC or everybody, or a word: kernels heed neither (RFC 4861, section 4.6).
 
-    def ask_one(self, address: PlainAddress, mac: bytes) -> bytes:
-        """The same question to one MAC."""
-        return self._ask(Kind.ASK, address, mac, self._named)
-
-    def word(self, kind: Kind, address: PlainAddress, to: bytes) -> bytes:
-        """WANT or GIVE to one MAC. Kernels heed neither ARP opcode nor option (RFC 4861, section 4.6)."""
-        return self._ask(kind, address, to)
-
-    def _ask(self, kind: Kind, address: PlainAddress, mac: bytes = b"", to_itself: bool = False) -> bytes:
-        """To the MAC or all; a solicitation goes to the group of its address (RFC 4291, section 2.7.1) or itself."""
+        A solicitation goes to the group of its address (RFC 4291, section 2.7.1), or to the address itself.
+        """
         (arp, ns), ip = self._asking[kind], address.packed
         if address.version == 4:
             return (mac or arp[:6]) + arp[6:38] + ip
-        to = ip if to_itself else ns[38:51] + ip[13:]
+        to = ip if mac and kind is Kind.ASK and self._named else ns[38:51] + ip[13:]
         return _with_sum((mac or ns[:3] + ip[13:16]) + ns[6:38] + to + ns[54:62] + ip + ns[78:])
 
 
@@ -623,7 +614,7 @@ class _Stream:
 class _Witness:
     """An address of somebody else on the LAN that proves that this host can hear; it counts once it has answered."""
 
-    frame: bytes
+    address: PlainAddress
     tries: int = 0  # to meet it
     met: bool = False
     asked: float = math.inf  # since when it owes an answer
@@ -683,12 +674,9 @@ class Wire:
             ear.look, ear.peer, self._changed = look, peer, True
 
     def witnesses(self, addresses: Iterable[str]) -> bool:
-        """Whom else to ask, to prove that this host can hear; whether meet() has anybody new to ask."""
-        old, self._witnesses = self._witnesses, {}
-        for address in sorted(addresses)[: self.WITNESSES] if self._frames else ():
-            frame = self._frames.ask_all(ipaddress.ip_address(address)) if self._frames else b""
-            witness = self._witnesses[address] = old.get(address) or _Witness(frame)
-            witness.frame = frame
+        """Whom else to ask, to prove that this host can hear, the best first; whether meet() has anybody new to ask."""
+        old, found = self._witnesses, [*dict.fromkeys(addresses)][: self.WITNESSES]
+        self._witnesses = {each: old.get(each) or _Witness(ipaddress.ip_address(each)) for each in found}
         return bool(self._witnesses.keys() - old.keys())
 
     def term(self, address: str, mac: bytes, now: float) -> None:
@@ -751,8 +739,10 @@ class Wire:
         self._heard = now
         witness, ear = self._witnesses.get(heard.address), self._ears.get(heard.address)
         if witness and heard.kind is Kind.CLAIM:
+            if self.deaf(now, ()) > self._interval:
+                self.distrust()  # what was asked while nobody could be heard says nothing
             witness.met, witness.asked = True, math.inf
-        if ear is None or not (known or (heard.broadcast and heard.kind is Kind.CLAIM)):
+        if ear is None or not (known or (heard.kind is Kind.CLAIM and (heard.broadcast or heard.mac == ear.mac))):
             return False  # a proxy's answers count for nothing; it makes no announcements
         if heard.kind is not Kind.CLAIM:
             self._askers[heard.mac] = now
@@ -777,24 +767,15 @@ class Wire:
 
     # -- what goes out
 
-    def tell(self, *frames: bytes) -> None:
-        """Send these."""
-        self._send(frames)
-
     def announce(self, address: str, ask: bool) -> None:
         """Tell everybody that the IP is here; `ask` also who else has it (a killed agent's kernel, for one)."""
         if self._frames and (ear := self._ears.get(address)):
-            self._send((*self._frames.announce(ear.address), *([self._frames.ask_all(ear.address)] if ask else [])))
+            self._send((*self._frames.announce(ear.address), *([self._frames.ask(ear.address)] if ask else [])))
 
-    def ask(self, addresses: Iterable[str]) -> None:
-        """Ask everybody once for these IPs."""
+    def say(self, kind: Kind, address: str, mac: bytes = b"") -> None:
+        """ASK everybody once, or say WANT or GIVE to one host."""
         if self._frames:
-            self._send([self._frames.ask_all(self._ears[address].address) for address in addresses])
-
-    def word(self, word: Kind, address: str, mac: bytes) -> None:
-        """Say WANT or GIVE to one host."""
-        if self._frames:
-            self._send([self._frames.word(word, self._ears[address].address, mac)])
+            self._send([self._frames.ask(self._ears[address].address, mac, kind)])
 
     def run(self, now: float) -> list[str]:
         """Ask what is due; the IPs whose silence is now proven."""
@@ -835,7 +816,7 @@ class Wire:
                     proven.append(ear)
             young = young or (not meets and ear.unanswered < self._count)
             ear.asked = True
-            self._send([frames.ask_one(ear.address, ear.peer) if meets and ear.peer else frames.ask_all(ear.address)])
+            self._send([frames.ask(ear.address, ear.peer if meets else b"")])
         self._ask_witnesses(now)
         stream.next = now + max(self._interval * (1 if young else 4), len(stream.ears) / 1000)
         return proven
@@ -846,7 +827,7 @@ class Wire:
         ear = stream.ears[stream.turn % len(stream.ears)]
         silent = ear.asked and ear.unanswered == self._count - 1
         ear.unanswered, ear.asked = min(self._count, ear.unanswered + ear.asked), True
-        self._send([frames.ask_all(ear.address)])
+        self._send([frames.ask(ear.address)])
         if ear.unanswered:
             self._ask_witnesses(now)
         stream.next = now + 8 * self._interval
@@ -873,11 +854,11 @@ class Wire:
         if 0 < stream.misses == self._count - 1:
             for each in stream.ears:
                 each.asked = True
-            self._send([frames.ask_all(each.address) for each in stream.ears])
+            self._send([frames.ask(each.address) for each in stream.ears])
             stream.next += len(stream.ears) * 0.0003  # each of them has to be answered
         else:
             ear.asked = True
-            self._send([frames.ask_one(ear.address, peer)])
+            self._send([frames.ask(ear.address, peer)])
         return []
 
     def _verdict(self, stream: _Stream, now: float) -> list[_Ear]:
@@ -888,18 +869,23 @@ class Wire:
         stream.next, self._changed = now + TICK, True
         return silent
 
-    def meet(self) -> None:
+    def meet(self, now: float) -> None:
         """Ask the witnesses that have never answered, often at first; to be called once a second."""
-        for witness in self._witnesses.values():
+        self._askers = {mac: at for mac, at in self._askers.items() if now - at <= 2 * TICK}
+        for witness in self._witnesses.values() if self._frames else ():
             owes = witness.met and witness.asked < math.inf  # it, or its answer, may have been lost
             if owes or (not witness.met and (witness.tries < 5 or witness.tries % 60 == 0)):
-                self._send([witness.frame])
+                self._ask_witness(witness)
             witness.tries += not witness.met
 
     def _ask_witnesses(self, now: float) -> None:
         for witness in self._witnesses.values():
             witness.asked = min(witness.asked, now)
-            self._send([witness.frame])
+            self._ask_witness(witness)
+
+    def _ask_witness(self, witness: _Witness) -> None:
+        if self._frames:
+            self._send([self._frames.ask(witness.address)])
 
 
 ################################################################################
@@ -1526,9 +1512,9 @@ class Network:
             sock.bind((self.name, protocol))  # nothing is heard before
         self._packets = packets
 
-    def hear_only(self, addresses: Collection[str]) -> None:
-        """Let the kernel drop frames about any other address: a flood of them then costs nothing here."""
-        if (wanted := frozenset(addresses)) != self._wanted:
+    def hear_only(self, addresses: Collection[str] | None) -> None:
+        """Let the kernel drop frames about any other address (None: of none): a flood then costs nothing here."""
+        if (wanted := addresses if addresses is None else frozenset(addresses)) != self._wanted:
             self._wanted = wanted
             for protocol, sock in self._packets.items():
                 self._filter(protocol, sock)
@@ -1985,7 +1971,7 @@ class Vip:
         if lock.lock is not Lock.UNKNOWN:
             return
         if ordered and not self.bound and (holder := wire.view(address, now).mac):
-            wire.word(Kind.WANT, address, holder)
+            wire.say(Kind.WANT, address, holder)
         goes = facts.leaving is not None and not facts.taken and not (facts.healthy and self.intent is Intent.RUN)
         if goes and now - max(self.gave.values(), default=self.at.given[1]) >= LINGER:  # who was told has had its time
             for mac in [mac for mac in wire.askers(now) if now - self.gave.get(mac, -math.inf) > TICK][:1]:
@@ -1994,7 +1980,7 @@ class Vip:
     def _give(self, mac: bytes, now: float) -> None:
         """Tell this host to take it. We let go when we hear it."""
         self.gave[mac] = now
-        self.agent.wire.word(Kind.GIVE, self.vip.address, mac)
+        self.agent.wire.say(Kind.GIVE, self.vip.address, mac)
 
     def _apply(self, wanted: bool, now: float) -> None:
         """Bind, begin a finite lifetime anew, or cancel the announcements and unbind."""
@@ -2386,7 +2372,7 @@ class Loop:
         self._clock, self.now = clock, clock.now()  # read once a turn
         self.wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.due: dict[str, float] = {}
-        self.turns, self.filters = 0, False  # the kernel is to be told whom to listen for
+        self.turns = 0
         self.distrusted = -math.inf  # what we remember from before may be old
         self.tick_at = self.save_at = -math.inf
 
@@ -2563,13 +2549,11 @@ class Agent:
             self._hear(heard)
         self._sync()
         loop.serve()
-        if loop.filters:
-            loop.filters = False
-            self.network.hear_only({*self.vips, *self.wire.known()})
         if now >= loop.tick_at:
             loop.tick_at = now + TICK
             self.news(*self.vips)
-            self.wire.meet()
+            self.network.hear_only({*self.vips, *self.wire.known()})
+            self.wire.meet(now)
             notify("WATCHDOG=1")
         if now >= loop.save_at:
             self.save(now=False)
@@ -2658,7 +2642,9 @@ class Agent:
         if fresh and vip.bound and heard.kind is Kind.CLAIM:  # who has one of our addresses may have them all
             others = (each for each in self.vips.values() if each.bound and each is not vip)
             unsure = [each.vip.address for each in others if each.lock(now).lock is not Lock.MINE]
-            self.wire.ask(address for address in unsure if self.wire.view(address, now).heard > TICK)
+            for address in unsure:
+                if self.wire.view(address, now).heard > TICK:
+                    self.wire.say(Kind.ASK, address)
 
     def referee_news(self, address: str) -> None:
         """ZooKeeper has news: of one address, or ('') of the session or the hosts."""
@@ -2675,14 +2661,11 @@ class Agent:
         self.news(*self.vips)
 
     def _find_witnesses(self) -> None:
-        """Other contenders' own addresses, the gateways on this interface, and what the operator names."""
-        found = set(self.config.witness_addresses)
-        if self.kernel.link.number:
-            found.update(self.network.gateways())
-        found.update(address for record in self.peers.values() for address in record.addresses)
-        if self.wire.witnesses(found - self.kernel.foreign):
+        """What the operator names, the gateways on this interface, and other contenders' own addresses."""
+        found = [*self.config.witness_addresses, *(self.network.gateways() if self.kernel.link.number else ())]
+        found += sorted(address for record in self.peers.values() for address in record.addresses)
+        if self.wire.witnesses(each for each in found if each not in self.kernel.foreign):
             self.loop.tick_at = -math.inf  # to meet them, once the kernel lets their answers through
-        self.loop.filters = True
 
     def _record(self) -> Record:
         own = tuple(sorted(self.kernel.own.values()))
@@ -2760,7 +2743,7 @@ class Agent:
                     self.network.add(vip.bound)
         self.wire.add(vip.ip.ip, self.loop.now)
         self.referee.want(vip.address, Want.WATCH)
-        self.loop.filters = True
+        self.network.hear_only(None)  # until the next tick: a thousand are listed once for all
         self.news(vip.address)
         return managed
 
@@ -2841,7 +2824,9 @@ class Api(Agent):
         if self.network.ready(vip.bound):  # the host has got this address, maybe just now
             self.kernel.due = -math.inf
             self._sync()
-        owners = dict.fromkeys(self.wire.known(), "a gateway or witness")
+        servers = (server.rpartition(":")[0].strip("[]").lower() for server in self.config.ensemble[0].split(","))
+        owners = dict.fromkeys(servers, "ZooKeeper")
+        owners |= dict.fromkeys(self.wire.known(), "a gateway or witness")
         owners |= {address: host for host, record in self.peers.items() for address in record.addresses}
         owners |= dict.fromkeys(self.kernel.foreign, "this host")
         if owner := owners.get(vip.address):

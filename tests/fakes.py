@@ -83,7 +83,7 @@ class FakeNetwork:
         heard, self.incoming = self.incoming[:limit], self.incoming[limit:]
         return heard, len(heard) == limit
 
-    def hear_only(self, addresses: Collection[str]) -> None:
+    def hear_only(self, addresses: Collection[str] | None) -> None:
         """What comes in is about our addresses."""
 
     def clear(self, addresses: Collection[link.Address]) -> None:

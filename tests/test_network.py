@@ -184,7 +184,7 @@ def test_a_renamed_interface_is_followed_and_still_heard(lan, caplog):
     assert one.network.changed() and one.sync()[0] == before._replace(mac=MAC_A) and one.network.name == "lan0"
     assert "eth0 is called lan0 now" in caplog.text
     other.sync(), one.hear()
-    other.network.send([link.Frames(MAC_B, {}).ask_all(VIP4.ip)])
+    other.network.send([link.Frames(MAC_B, {}).ask(VIP4.ip)])
     assert ("10.0.0.100", "ASK") in about(one.hear())
     one.network.add(VIP4)
     ip(A, "link add eth0 type bridge")  # another one takes the old name: ours lives
@@ -205,7 +205,7 @@ def test_an_interface_made_anew_is_found_also_with_the_same_index(lan, same):
     ip(SWITCH, "link set port1 master br0", "link set port1 up")
     assert one.network.changed() and (one.sync()[0].number == number) is same
     other.sync(), one.hear()
-    other.network.send([link.Frames(MAC_B, {}).ask_all(VIP4.ip)])
+    other.network.send([link.Frames(MAC_B, {}).ask(VIP4.ip)])
     assert "10.0.0.100" in [heard.address for heard in one.hear()]
 
 
@@ -369,7 +369,7 @@ FRAMES = link.Frames(MAC_B, {6: "fe80::2"})
 
 @pytest.mark.parametrize("vip", [VIP4, VIP6], ids=["ARP", "ND"])
 def test_another_vlan_is_another_network(talk, vip):
-    frames = [*FRAMES.announce(vip.ip), FRAMES.ask_all(vip.ip), FRAMES.word(Kind.WANT, vip.ip, MAC_A)]
+    frames = [*FRAMES.announce(vip.ip), FRAMES.ask(vip.ip), FRAMES.ask(vip.ip, MAC_A, Kind.WANT)]
     assert talk(*[tagged(frame, 200) for frame in frames], *[tagged(frame, 0x6000 | 4094) for frame in frames]) == []
     assert {kind for _, kind in talk(*[tagged(frame, 0x6000) for frame in frames])} == {"CLAIM", "ASK", "WANT"}  # id 0
 
@@ -377,7 +377,7 @@ def test_another_vlan_is_another_network(talk, vip):
 def test_frames_of_an_interface_on_top_of_ours_are_not_ours(talk):
     ip(A, "link add link eth0 name mac0 address 02:00:00:00:aa:07 type macvlan mode bridge", "link set mac0 up")
     time.sleep(0.1)
-    frames = [FRAMES.ask_one(VIP4.ip, mac) for mac in (bytes.fromhex("02000000aa07"), MAC_A)]
+    frames = [FRAMES.ask(VIP4.ip, mac) for mac in (bytes.fromhex("02000000aa07"), MAC_A)]
     assert talk(*frames) == [("10.0.0.100", "ASK")]
 
 
@@ -390,7 +390,7 @@ def test_words_pass_a_switch_and_kernels_do_not_heed_them(talk, vip, netfilter):
     talk.one.network.add(vip)
     time.sleep(0.05)
     talk.other.network.receive()
-    words = [FRAMES.word(kind, vip.ip, to) for kind in (Kind.WANT, Kind.GIVE) for to in (MAC_A, b"\xff" * 6)]
+    words = [FRAMES.ask(vip.ip, to, kind) for kind in (Kind.WANT, Kind.GIVE) for to in (MAC_A, b"\xff" * 6)]
     assert talk(*words) == [(str(vip.ip), kind) for kind in ("WANT", "WANT", "GIVE", "GIVE")]
     answers = [heard for heard in talk.other.hear() if heard.mac == MAC_A]
     if vip.version == 4:
@@ -408,16 +408,16 @@ def test_the_kernel_lets_through_what_is_about_our_addresses(talk, others):
     edges = [names[0], names[others - 1], names[others], names[-1]] if others else []
     talk.one.network.hear_only([*names, "10.0.0.100", "fd77::100"])
     wanted = ["10.0.0.100", *edges[:2], "fd77::100", *edges[2:]]
-    asked = [FRAMES.ask_all(ipaddress.ip_address(a)) for a in wanted]
+    asked = [FRAMES.ask(ipaddress.ip_address(a)) for a in wanted]
     foreign = ["203.0.113.9", "10.1.0.99", "fd77::ff:99", "fe80::1:99"]
     told = [f for a in foreign for f in FRAMES.announce(ipaddress.ip_address(a))]
     assert talk(*told, *asked, *told) == [(a, "ASK") for a in wanted]
-    near = talk(*FRAMES.announce(ipaddress.ip_address("10.0.0.99")), FRAMES.ask_all(ipaddress.ip_address("fd77::99")))
+    near = talk(*FRAMES.announce(ipaddress.ip_address("10.0.0.99")), FRAMES.ask(ipaddress.ip_address("fd77::99")))
     assert near == []
 
 
 def test_the_filter_follows_and_survives_a_new_interface(talk):
-    asked = [FRAMES.ask_all(ipaddress.ip_address(a)) for a in ("10.0.0.100", "10.0.0.101", "fd77::100", "fd77::101")]
+    asked = [FRAMES.ask(ipaddress.ip_address(a)) for a in ("10.0.0.100", "10.0.0.101", "fd77::100", "fd77::101")]
     assert len(talk(*asked)) == 4
     talk.one.network.hear_only(["10.0.0.100", "fd77::101"])
     expected = [("10.0.0.100", "ASK"), ("fd77::101", "ASK")]
@@ -437,7 +437,7 @@ def test_a_client_that_asks_for_the_vip_is_not_told_but_the_holder_that_asks_is(
 
 
 def test_no_more_than_the_limit_is_read_at_once(talk):
-    talk.other.network.send([FRAMES.ask_all(VIP4.ip)] * 50)
+    talk.other.network.send([FRAMES.ask(VIP4.ip)] * 50)
     time.sleep(0.1)
     read = [talk.one.network.receive(limit=20) for _ in range(4)]
     assert [(len(about(heard)), more) for heard, more in read] == [(20, True), (20, True), (10, False), (0, False)]
@@ -447,12 +447,12 @@ def test_another_interface_of_this_machine_is_no_rival(lan):
     one, other = lan
     ip(A, f"link add eth1 address 02:00:00:00:aa:02 type veth peer name port3 netns {SWITCH}", "link set eth1 up")
     one.sync(), other.sync(), time.sleep(0.1), one.hear(), one.network.changed()
-    other.network.send([FRAMES.ask_all(VIP4.ip)])  # has the MAC of our eth1
+    other.network.send([FRAMES.ask(VIP4.ip)])  # has the MAC of our eth1
     assert about(one.hear()) == []
     ip(A, "link del eth1")
     assert not one.network.changed()
     one.sync()
-    other.network.send([FRAMES.ask_all(VIP4.ip)])
+    other.network.send([FRAMES.ask(VIP4.ip)])
     assert len(about(one.hear())) == 1
 
 
@@ -460,11 +460,11 @@ def test_what_cannot_be_sent_is_counted_and_told_once(lan, caplog):
     caplog.set_level(logging.DEBUG, "link")
     one, other = lan
     one.sync(), other.sync()
-    one.network.send([bytes(5000), link.Frames(MAC_A, {}).ask_all(VIP4.ip)]), one.network.send([bytes(5000)])
+    one.network.send([bytes(5000), link.Frames(MAC_A, {}).ask(VIP4.ip)]), one.network.send([bytes(5000)])
     assert one.network.send_error == "cannot send on eth0: Message too long"
     assert "10.0.0.100" in [heard.address for heard in other.hear()]  # it came behind what could not be sent
     ip(A, "link set eth0 down")
-    one.network.send([FRAMES.ask_all(VIP4.ip)])
+    one.network.send([FRAMES.ask(VIP4.ip)])
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
@@ -472,7 +472,7 @@ def test_a_filter_on_the_way_out_is_seen(one):
     one.sync()
     if subprocess.run(f"tc -n {A} qdisc replace dev eth0 root pfifo limit 0".split(), check=False).returncode:
         pytest.skip("no tc, or no pfifo")
-    one.network.send([FRAMES.ask_all(VIP4.ip)])
+    one.network.send([FRAMES.ask(VIP4.ip)])
     assert one.network.send_error == "cannot send on eth0: No buffer space available"
 
 
@@ -483,7 +483,7 @@ def test_where_there_is_no_room_for_the_filter_all_is_heard(talk, room, foreign)
     names = [str(ipaddress.ip_address("192.168.0.0") + 3 * n) for n in range(999)]
     for wanted in (["10.0.0.77"], [*names, "10.0.0.100"], [*names, "10.0.0.101"]):
         talk.one.network.hear_only(wanted)
-    asked = [FRAMES.ask_all(ipaddress.ip_address(a)) for a in ("10.0.0.101", names[500])]
+    asked = [FRAMES.ask(ipaddress.ip_address(a)) for a in ("10.0.0.101", names[500])]
     told = [f for a in ("203.0.113.9", "10.1.0.99") for f in FRAMES.announce(ipaddress.ip_address(a))]
     assert len(talk(*told, *asked)) == 2 + foreign
 
@@ -495,6 +495,6 @@ def test_a_tagged_interface_hears_its_own_vlan(lan):
         ip(namespace, "link set eth0.200 up")
     one, other = (host.inside(lambda: link.Network("eth0.200")) for host in lan)
     lan[0].inside(one.sync), lan[1].inside(other.sync)
-    other.send([FRAMES.ask_all(VIP4.ip)])
+    other.send([FRAMES.ask(VIP4.ip)])
     time.sleep(0.1)
     assert ("10.0.0.100", "ASK") in about(one.receive()[0])

@@ -1135,6 +1135,13 @@ SCENES: list[tuple[str, int | list[int], dict[str, Any], str]] = [  # name, seed
     # a bond fails over: its first announcement is a stranger's, its second would come too late
     ("a holder that goes on with another MAC is not accused", 20, {"rest": 2, "probe_interval": 0.02},
      "phase 0.001, holder has another MAC, 2, vip stays"),
+    # who is cut off from ZooKeeper does not learn of it by the record
+    ("a MAC that announced itself is believed when it answers", 5, {"rest": 2},
+     "first cut, 8, holder has another MAC, 10, vip stays"),
+    # what is not asked is not known to be silent
+    ("where nobody asks the wire nobody takes anything on its word", 3, {"probe_count": 0},
+     "zookeeper dies, 20, holder alone has it, vip never twice, holder power, 20, vip nowhere, zookeeper lives,"
+     " vip single within 6"),
     # its last probe was out, the holder is back since, and the witness's old answer waits in the socket
     *(("a standby that was stopped accuses nobody on the strength of what it slept through", 3,
        {"rest": 11, "announce_interval": 0.0, "hosts": hosts, "witness": hosts == 3},
@@ -1147,6 +1154,9 @@ SCENES: list[tuple[str, int | list[int], dict[str, Any], str]] = [  # name, seed
     *(("a LAN that is dead for everybody moves nothing", 6, {"rest": 6, "witness": witness},
        "all on an island, 30, holder alone has it, world heals, 12, vip stays, vip settles")
       for witness in (True, False)),
+    # whoever is heard again first says nothing about questions that were asked while nobody could be heard
+    ("a LAN that comes back moves nothing, whichever question is out", 45, {},
+     "all on an island, 4, phase 0.025, world heals, 5, vip stays"),
     ("who yields while it is cut off from ZooKeeper does not take the IP back by the lock that it had", 8, {},
      "holder cut, 1, first unlock, 0.05, first ends unlock, 1, first alone has it, 1, first alone has it, 4,"
      " holder ends cut, 6, first alone has it, vip settles"),
@@ -1278,6 +1288,18 @@ def test_half_broken_links_do_not_send_the_vip_to_and_fro(w, first, hosts, broke
     assert moves[0] <= 15 and moves[-1] <= 3, moves
 
 
+@table("mute", ["the holder", "everybody"])
+@story(6, vips=2)
+def test_an_ip_that_stays_silent_slows_down_no_other_one_of_its_holder(w, holder, mute):
+    for host in [holder] if mute == "the holder" else w.hosts:
+        answers = host.answers
+        host.answers = lambda address, answers=answers: address != w.address and answers(address)
+    w.run(12)
+    holder = w.holder(w.vips[1])
+    holder.power_off()
+    assert w.run(3, until=lambda: [h for h in w.binders(w.vips[1]) if h is not holder]) < 0.35
+
+
 # -- a loop that was late: look first, act after
 
 
@@ -1371,7 +1393,7 @@ def test_a_word_that_nobody_who_may_say_it_has_said_is_not_heeded(w, holder, fir
     """With ZooKeeper the lock alone decides; without, who is to take it is told by itself: several would, else."""
     of_lock = [(Kind.GIVE, holder, first.mac), (Kind.WANT, first, holder.mac)]
     for kind, sender, to in of_lock if zookeeper else [(Kind.GIVE, holder, b"\xff" * 6)]:
-        w.wire.send(sender, link.Frames(sender.mac, {}).word(kind, w.vips[0].ip, to))
+        w.wire.send(sender, link.Frames(sender.mac, {}).ask(w.vips[0].ip, to, kind))
     play(w, "3, vip stays")
 
 

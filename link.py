@@ -88,7 +88,8 @@ class LinkError(Exception):
     """An error to show to the caller: HTTP status and JSON body. But for a 500 or 504 nothing was changed.
 
     400 the request is wrong (Invalid); 404 no such IP or path; 409 right, but it cannot be done in this state; 503 the
-    agent cannot now (its loop is late, its state directory cannot be written); 504 begun, not seen to end in time.
+    agent cannot now (its loop is late, its state directory cannot be written, or it ends: an order may then have been
+    begun); 504 begun, not seen to end in time.
     """
 
     def __init__(self, status: int, message: str, detail: str = "", **more: Any) -> None:
@@ -231,7 +232,7 @@ class VirtualIP:
 
 
 class State(StrEnum):
-    """What this host is for a VIP; the words of the API."""
+    """What this host is for a VIP; the words of the API. The address may stay bound until another host has it."""
 
     STANDBY = "STANDBY"
     ACTIVATED = "ACTIVATED"
@@ -359,8 +360,8 @@ def decide(state: State, f: Facts) -> Decision:
     """The heart of LinK (`promise: at-least-one`): total over State x Facts; test_link.py checks all of its space."""
     if f.fit is (state is State.FAILING):
         return _health_event(f)
-    alone = f.lock in (Lock.UNKNOWN, Lock.NOBODY) and f.deaf > LONG  # nobody at all is heard, nor a better word
-    silent = f.proven and (f.deaf == 0 or alone)
+    isolated = f.lock in (Lock.UNKNOWN, Lock.NOBODY) and f.deaf > LONG  # nobody at all is heard, nor a better word
+    silent = f.proven and (f.deaf == 0 or isolated)
     doubts = f.unsure and f.bound is None and not silent  # a check has just failed: no reason to move it here
     runs, mine = f.intent is Intent.RUN, f.given or (f.lock is Lock.MINE and not doubts)
     rivalled = f.bound is not None and f.other and not (mine or f.taken or f.lock is Lock.OTHER)
@@ -725,7 +726,7 @@ class Wire:
         return self._witnesses.keys()
 
     def met_witness(self) -> bool:
-        """Whether some witness has ever answered: else nobody is taken for dead before his session is over."""
+        """Whether some witness, a holder's own address among them, has ever answered: else it may hear nobody."""
         return any(witness.met for witness in self._witnesses.values())
 
     def askers(self, now: float) -> list[bytes]:

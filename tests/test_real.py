@@ -518,6 +518,23 @@ def test_the_death_of_one_server_of_the_ensemble_changes_nothing(e: Cluster, rol
     assert e.bound(vip) == [holder]
 
 
+def test_at_most_one_rides_out_a_follower_of_the_ensemble_that_falls_silent(e: Cluster) -> None:
+    def on_a_follower() -> list[tuple[Host, int]]:
+        e.restart(promise="at-most-one")
+        followers = [n for n in range(3) if e.zk.mode(n) == "follower"]
+        return [(host, n) for host in e.hosts for n in followers if f"/{host.address}:" in e.zk.ask("cons", n)]
+
+    holder, number = wait_until(on_a_follower, 60, "a host that talks to a follower")[0]
+    vip = e.add(holder)
+    e.settled(vip, among=[holder])
+    e.add(*(host for host in e.hosts if host is not holder), vip=vip)
+    e.settled(vip)
+    with e.watch(vip, lost=0, quiet=True):
+        e.zk.pause(number)
+        time.sleep(5)  # the session would have ended, and the address's lifetime long before
+    assert e.bound(vip) == [holder] and "trying another one" in e.news(holder)
+
+
 def test_the_host_of_the_holder_and_the_server_of_the_first_standby_may_die_together(e: Cluster) -> None:
     vip, holder, (second, _) = e.held()
     time.sleep(1)
@@ -657,6 +674,7 @@ def test_a_disk_that_stalls_for_three_seconds_and_a_blocked_stderr_stop_no_agent
     with contextlib.ExitStack() as stack:
         freeze = {host: stack.enter_context(stalling(c, host)) for host in pair}
         c.all_serve(10)
+        wait_until(lambda: all(host.api("GET", "/health")[0] == 200 for host in pair), 10, "no earlier boot is left")
         vip = c.add(*pair)
         holder, (other,) = c.settled(vip, among=pair)
         with c.watch(vip, lost=0, two=0):
@@ -666,7 +684,8 @@ def test_a_disk_that_stalls_for_three_seconds_and_a_blocked_stderr_stop_no_agent
                 with ThreadPoolExecutor(1) as pool:
                     added = pool.submit(host.api, "POST", "/ips", {"ip": c.fresh()})
                     while time.monotonic() < ends:
-                        assert host.api("GET", "/health", timeout=1)[0] == 200
+                        health = host.api("GET", "/health", timeout=1)
+                        assert health[0] == 200, str(health)
                         time.sleep(0.1)
                     assert not added.done(), "it is durable before it is answered"
                     freeze[host]("-u")

@@ -1594,6 +1594,14 @@ def test_when_kazoos_thread_dies_its_client_is_ended_and_another_one_goes_on_wit
 
 
 @story([1])
+def test_what_is_asked_when_the_connection_is_gone_and_nobody_has_said_so_yet_is_not_kept_for_later(w, first):
+    first.kazoo.line = None
+    first.agent.referee.want(w.address, link.Want.FIRST)
+    first.agent.referee.ask()
+    assert not first.kazoo._calls
+
+
+@story([1])
 def test_a_directory_that_is_there_already_is_no_word_of_the_leader(w, holder):
     """Who makes one by asking first whether it is there may have had its answer from a server without a leader."""
     said = []

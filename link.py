@@ -399,13 +399,15 @@ def at_most_one(state: State, f: Facts) -> Decision:
     if f.fit is (state is State.FAILING):
         return _health_event(f)
     mine = f.lock is Lock.MINE and f.intent is Intent.RUN and (f.bound is not None or not f.unsure)
+    # The kernel ends what an earlier process bound before that one's session can end: until then it may stay.
+    adopted = f.bound == math.inf and f.lock is Lock.WAITING and f.intent is Intent.RUN
     if state is State.STANDBY and mine:
         return Decision(Event.ELECTED, "has the lock")
-    if state is State.ACTIVATED and not mine:
+    if state is State.ACTIVATED and not (mine or adopted):
         why = "the lock is not confirmed" if f.intent is Intent.RUN else f"{f.intent.value} was asked"
         return Decision(Event.DEMOTED, why)
     contend, held = f.bound is not None or _contend(f), state is State.ACTIVATED
-    return Decision(None, "at most one host: only with a confirmed lock", held, contend, announce=held)
+    return Decision(None, "at most one host: only with a confirmed lock", held, contend, announce=held and mine)
 
 
 def patience(f: Facts) -> float:
@@ -1358,6 +1360,7 @@ IFLA_ADDRESS, IFLA_IFNAME, IFLA_MASTER, IFLA_OPERSTATE, IFLA_LINKINFO, IFLA_EXT_
 IFLA_INFO_SLAVE_KIND, RTEXT_FILTER_SKIP_STATS = 4, struct.pack("I", 8)
 IFA_ADDRESS, IFA_LOCAL, IFA_CACHEINFO, IFA_FLAGS, IFA_PROTO = 1, 2, 6, 8, 11  # <linux/if_addr.h>
 IFA_F_NODAD, IFA_F_NOPREFIXROUTE = 0x02, 0x200  # the same
+FOR_EVER = 0xFFFFFFFF  # INFINITY_LIFE_TIME, <net/addrconf.h>
 IFA_PROTO_LINK = b"\x4c"  # marks our addresses (Linux 5.18): never touch one that LinK did not add
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTM_F_FIB_MATCH, RTN_LOCAL = 1, 4, 5, 0x2000, 2  # <linux/rtnetlink.h>
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR, RTM_GETROUTE = 16, 17, 18, 20, 21, 22, 26
@@ -1461,7 +1464,7 @@ class Network:
             self._open(index, listen)
         if not index:
             return Link(), {}, {}
-        addresses = {ip: ours for at, ip, ours in self._bound() if at == index}
+        addresses = {ip: ours for at, ip, ours, _ in self._bound() if at == index}
         foreign = [ip for ip, ours in addresses.items() if not ours and (ip.version == 4 or ip.is_link_local)]
         own: dict[int, str] = {ip.version: str(ip.ip) for ip in reversed(foreign)}  # the first counts
         return self._link(*links[index], names, own), addresses, own
@@ -1485,14 +1488,14 @@ class Network:
         arp = not trouble and not flags & IFF_NOARP and len(mac) == 6
         return Link(self._index, mac, not why, arp, trouble, four, six)
 
-    def _bound(self) -> Iterator[tuple[int, Address, bool]]:
-        """Index, address, and whether it is tagged as ours, on all interfaces: filtered by index it is torn unseen."""
+    def _bound(self) -> Iterator[tuple[int, Address, bool, int]]:
+        """Index, address, whether it is tagged as ours, lifetime, on all interfaces: by index it is torn unseen."""
         for body in self._netlink.ask(RTM_GETADDR, NLM_F_DUMP, bytes(8)):
             (family, length, _, _, index), more = struct.unpack_from("4BI", body), attributes(body, 8)
             if family in (socket.AF_INET, socket.AF_INET6):
                 bare, ours = more.get(IFA_LOCAL) or more[IFA_ADDRESS], more.get(IFA_PROTO) == IFA_PROTO_LINK
                 make = ipaddress.IPv4Interface if len(bare) == 4 else ipaddress.IPv6Interface
-                yield index, make((bare, length)), ours
+                yield index, make((bare, length)), ours, struct.unpack_from("2I", more[IFA_CACHEINFO])[1]
 
     def _open(self, index: int, listen: bool = True) -> None:
         for sock in self._packets.values():
@@ -1541,7 +1544,7 @@ class Network:
 
         RTM_NEWADDR with NLM_F_REPLACE: exact address and prefix, no prefix route, no duplicate address detection.
         """
-        valid = lifetime or 0xFFFFFFFF
+        valid = lifetime or FOR_EVER
         preferred = valid if ip.version == 4 else 0  # never a source of this host's own traffic (RFC 6724, rule 3)
         flags = struct.pack("I", IFA_F_NOPREFIXROUTE | (IFA_F_NODAD if ip.version == 6 else 0))
         times = struct.pack("4I", preferred, valid, 0, 0)
@@ -1556,10 +1559,13 @@ class Network:
             if error.errno not in (errno.EADDRNOTAVAIL, errno.ENOENT, *GONE):
                 raise
 
-    def clear(self, addresses: Collection[Address]) -> None:
-        """Remove these addresses, where tagged as ours, from all *other* interfaces. Raises OSError."""
-        for index, ip, ours in self._bound():
-            if ours and ip in addresses and index != self._index:
+    def clear(self, addresses: Collection[Address], lasting: bool = False) -> None:
+        """Remove these addresses, where tagged as ours, from all *other* interfaces. Raises OSError.
+
+        With `lasting` from this one, too, where the kernel will not end them by itself.
+        """
+        for index, ip, ours, lifetime in self._bound():
+            if ours and ip in addresses and (index != self._index or (lasting and lifetime == FOR_EVER)):
                 self._ask(RTM_DELADDR, ip, index)
 
     def _ask(self, kind: int, ip: Address, index: int, flags: int = 0, more: Attributes | None = None) -> list[bytes]:
@@ -1990,7 +1996,8 @@ class Vip:
             at.announce, at.given = math.inf, (b"", -math.inf)
             log.info("vip=%s unbound (%s)", self.vip.ip, self.reason)
             a.unbind(ip)
-        able = strict if bound else a.kernel.link.number and ip not in a.kernel.addresses and now >= at.retry
+        able = a.kernel.link.number and ip not in a.kernel.addresses and now >= at.retry
+        able = strict and self.seen.lock is Lock.MINE if bound else able
         if not (wanted and able) or (strict and not a.in_time(a.clock.now())):  # we may have been stopped since `now`
             return
         fails, why = self.failed
@@ -2002,10 +2009,11 @@ class Vip:
                 log.log(logging.DEBUG if why else logging.WARNING, "vip=%s cannot be bound: %s", self.vip.ip, error)
                 a.news(self.vip.address)
             return
+        at.bound = now if at.bound == -math.inf or not bound else at.bound  # it is no earlier process's any more
         if not bound:
             if fails:
                 log.info("vip=%s can be bound again, after %d failures", self.vip.ip, fails)
-            self.failed, self.step, at.bound, at.trusted, at.announce = (0, ""), 0, now, now, math.inf
+            self.failed, self.step, at.trusted, at.announce = (0, ""), 0, now, math.inf
             a.kernel.addresses[ip] = True
             a.wire.forget(self.vip.address)
             log.info("vip=%s bound on %s (%s)", self.vip.ip, a.config.interface, self.reason)
@@ -2499,15 +2507,18 @@ class Agent:
         states = {address: State(word) for address, word in saved.get("states", {}).items()}
         known = {address: VirtualIP(ipaddress.ip_interface(address)) for address in states} | vips
         with contextlib.suppress(OSError):
-            self.network.clear({vip.bound for vip in known.values()})  # an earlier process had another one?
+            ours = {vip.bound for vip in known.values()}
+            self.network.clear(ours, lasting=self.config.at_most_one)  # an earlier process had another one, or promise?
+            self.kernel.due = -math.inf
+            self._sync()
         number, password = saved.get("session") or (None, "")
         self.referee.start((number, bytes.fromhex(password)) if number else None, self._record())
         for ip in [ip for ip, ours in self.kernel.addresses.items() if ours]:
             if (vip := known.get(str(ip.ip))) is None:
                 log.warning("%s was left by an earlier process and is not configured: removed", ip)
-            elif ip != vip.bound:  # an earlier version bound it with its prefix length: never none of both
+            elif ip != vip.bound and not self.lifetime:  # bound by an earlier version: never none of both
                 with contextlib.suppress(OSError):
-                    self.network.add(vip.bound, self.lifetime)
+                    self.network.add(vip.bound)
                     self.kernel.addresses[vip.bound] = True
             if vip is None or ip != vip.bound:
                 self.unbind(ip)

@@ -86,7 +86,7 @@ class FakeNetwork:
     def hear_only(self, addresses: Collection[str] | None) -> None:
         """What comes in is about our addresses."""
 
-    def clear(self, addresses: Collection[link.Address]) -> None:
+    def clear(self, addresses: Collection[link.Address], lasting: bool = False) -> None:
         """There is one interface only."""
 
     def changed(self) -> bool:

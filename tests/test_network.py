@@ -114,6 +114,12 @@ def test_our_addresses_are_cleared_from_other_interfaces_and_only_the_given_ones
     assert sorted(left) == ["10.0.0.101/32", "10.0.0.102/32"] and set(mine) <= set(one.sync()[1])
 
 
+def test_of_our_addresses_those_that_the_kernel_will_not_end_can_be_cleared_here_too(one):
+    one.sync(), one.network.add(VIP4), one.network.add(VIP6, lifetime=30)
+    one.network.clear([VIP4, VIP6], lasting=True)
+    assert [ip for ip, ours in one.sync()[1].items() if ours] == [VIP6]
+
+
 @pytest.mark.parametrize("kind, trouble", [("bridge", True), ("bond", True), ("vrf table 10", False)])
 def test_a_port_of_a_bridge_or_a_bond_names_it(one, kind, trouble):
     if not can(A, f"link add m0 type {kind}"):
@@ -273,7 +279,7 @@ def test_a_thousand_addresses_are_read_whole_while_others_come_and_go(one):
     try:
         for _ in range(100):
             try:
-                assert mine <= {ip for _, ip, _ in one.network._bound()}
+                assert mine <= {ip for _, ip, _, _ in one.network._bound()}
             except OSError as error:
                 assert error.errno == errno.EAGAIN
                 torn += 1

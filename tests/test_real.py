@@ -441,6 +441,18 @@ def test_an_ip_that_nobody_can_serve_from_the_start_is_bound_by_one_failing_host
     assert [c.status(host, vip) for host in c.hosts] == ["FAILING"] * 3
 
 
+def test_at_most_one_survives_a_crash_and_a_reload_unseen(m: Cluster) -> None:
+    m.restart(session_timeout=4)  # of a shorter one the address's lifetime could end first
+    vip, holder, _ = m.held()
+    with m.watch(vip, every=0.001, lost=0, two=0, quiet=True):
+        reap(holder.agent)
+        m.start(holder)
+        wait_until(lambda: m.serves(holder), 10)
+        holder.kill(signal.SIGHUP)
+        wait_until(lambda: "reload: executing" in m.news(holder) and m.serves(holder), 10, "the next one serves")
+    assert m.bound(vip) == [holder]
+
+
 def test_at_most_one_lets_go_while_zookeeper_is_down(m: Cluster) -> None:
     vip, *_ = m.held()
     with m.watch(vip, two=0):

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,6 +125,10 @@ class Host(FakeNetwork):
     def unbind(self, ip: link.Address, how: str = "unbinds") -> None:
         if self.bound.pop(ip, None) is not None:
             self.netlink(how, ip)
+
+    def clear(self, addresses: Collection[link.Address], lasting: bool = False) -> None:
+        for ip in [ip for ip in addresses if lasting and self.bound.get(ip) == FOREVER]:
+            self.unbind(ip)
 
     def ready(self, ip: link.Address) -> bool:
         return ip in self.bound
@@ -1247,6 +1251,10 @@ SCENES: list[tuple[str, int | list[int], dict[str, Any], str]] = [  # name, seed
       for fault in ("freeze", "kill", "cut", "power", "isolate", "starve") for timeout in (2.0, 4.0, 6.0)),
     ("at most one rests on the leader and not on a server that has lost it", 10, {"rest": 6, **STRICT},
      "holder has a server without a leader, 10, holder lost it"),
+    *((f"at most one survives a restart {words}", 8, {"rest": 6, **STRICT}, script) for words, script in (
+        ("unseen", "count begins, holder kill, 0.2, holder ends kill, 3, vip unmoved, vip no gap, vip settles"),
+        ("no longer than its lease while ZooKeeper is away",
+         "zookeeper dies, 0.3, holder kill, 0.2, holder ends kill, 4, vip nowhere, zookeeper lives, 8, vip settles"))),
     ("at most one binds again what an operator has removed", 2, {"hosts": 1, **STRICT},
      "holder unbind, holder alone has it within 1, vip settles"),
     # nothing is bound and no lifetime begun anew on the strength of one: the kernel is done when the session is
@@ -1431,6 +1439,16 @@ def test_of_two_that_were_told_to_take_an_ip_one_yields_at_once(w, holder):
     w.wire.broken.clear()
     w.run(5)
     assert len(w.binders()) == 1 and not w.worst_gap and w.worst_two < 0.5, (w.worst_gap, w.worst_two)
+
+
+@story([2])
+def test_an_address_without_an_end_is_let_go_at_a_start_where_at_most_one_is_promised_now(w, holder):
+    holder.kill()
+    w.config["promise"] = "at-most-one"
+    w.server.stop()
+    holder.start()
+    w.run(0.01)
+    assert not w.binders()
 
 
 @story([2], **STRICT)

@@ -869,7 +869,7 @@ class Wire:
         silent = [ear for ear in stream.ears if ear.asked]
         for ear in silent:
             ear.unanswered, ear.asked = self._count, False
-        stream.next, self._changed = now + TICK, True
+        stream.next, self._changed = now, True
         return silent
 
     def meet(self, now: float) -> None:

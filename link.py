@@ -38,10 +38,12 @@ import faulthandler
 import fcntl
 import functools
 import gc
+import heapq
 import hmac
 import http.server
 import inspect
 import ipaddress
+import itertools
 import json
 import logging
 import logging.handlers
@@ -61,7 +63,7 @@ import threading
 import time
 import urllib.parse
 import uuid
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -70,7 +72,7 @@ from datetime import UTC, datetime, timedelta
 from enum import Enum, IntEnum, StrEnum
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 VERSION = "0.1.0"
 log = logging.getLogger("link")
@@ -261,7 +263,7 @@ TRANSITIONS: Mapping[tuple[State, Event], State] = {
 # Decision: the facts of one instant in, one decision out; no I/O, no clock
 ################################################################################
 
-TICK = 1.0  # seconds: all is decided again this often, who was heard then counts as there, a hand-over lasts at most
+TICK = 1.0  # seconds: what moves is decided again this often, who was heard then counts as there, a hand-over at most
 LONG = 10.0  # seconds: a stop's limit, and when a host that hears nobody at all, nor ZooKeeper, counts as alone
 LINGER = 0.05  # seconds an address stays when its successor is heard: requests are still on their way
 PATIENCE = (0.65, 0.4, 0.2)  # seconds a rival must stay before we yield: ours is the lower MAC; ZooKeeper is late; else
@@ -342,6 +344,15 @@ class Facts(NamedTuple):
     def other(self) -> bool:
         """Whether another host is heard to have it; who begins to let go begins to listen anew."""
         return self.heard <= TICK
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether time alone changes nothing: all is as wanted, and whatever could move it is news."""
+        if not self.fit or self.unsure or self.deaf or self.intent is not Intent.RUN:
+            return False
+        if self.bound is None:
+            return not self.proven and (self.lock is Lock.OTHER or (self.lock is Lock.UNKNOWN and self.served))
+        return self.lock in (Lock.MINE, Lock.UNKNOWN) and self.leaving is None and self.trusted and not self.other
 
 
 class Decision(NamedTuple):
@@ -600,14 +611,16 @@ class _Ear:
     met: bool = False  # has answered a probe: only who did can fall silent
     unanswered: int = 0
     asked: bool = False  # a question is out
+    stream: _Stream | None = None
 
 
 @dataclass(eq=False)
 class _Stream:
     """The probes of one kind to one peer, however many IPs it has."""
 
-    ears: list[_Ear] = field(default_factory=list)
-    turn: int = 0
+    look: Look
+    peer: bytes
+    ears: OrderedDict[_Ear, None] = field(default_factory=OrderedDict)  # whose turn it is comes first
     misses: int = 0
     sent: float = -math.inf
     next: float = -math.inf
@@ -632,6 +645,7 @@ class Wire:
     """
 
     QUICK = 0.6  # of an interval: a kernel answers within a millisecond (measured: 0.5 ms)
+    EACH = 3e-5  # seconds more for each IP that one host is asked for at once
     WITNESSES = 8  # are asked at most
 
     def __init__(self, interval: float, rest: float, count: int, send: Callable[[Iterable[bytes]], None]) -> None:
@@ -640,7 +654,7 @@ class Wire:
         self._mac = b""
         self._ears: dict[str, _Ear] = {}
         self._streams: dict[tuple[Look, bytes], _Stream] = {}
-        self._changed = False
+        self._moved: dict[_Ear, None] = {}  # may belong to another stream now
         self._witnesses: dict[str, _Witness] = {}
         self._heard = -math.inf  # anybody
         self._askers: dict[bytes, float] = {}  # who asks for IPs of ours, and when last
@@ -650,7 +664,7 @@ class Wire:
     @property
     def due(self) -> float:
         """When run() wants to be called again."""
-        return -math.inf if self._changed else self._due
+        return -math.inf if self._moved else self._due
 
     # -- what is to be watched
 
@@ -664,8 +678,8 @@ class Wire:
 
     def remove(self, address: str) -> None:
         """Listen for it no more."""
-        if self._ears.pop(address, None):
-            self._changed = True
+        if ear := self._ears.pop(address, None):
+            ear.look, self._moved[ear] = Look.NONE, None
 
     def watch(self, address: str, look: Look, peer: bytes) -> None:
         """How to ask for an IP; `peer` is the holder's MAC by its record, until another one is heard."""
@@ -674,7 +688,7 @@ class Wire:
         if (ear.look, ear.peer) != (look, peer):
             if look is Look.SEARCH or (ear.peer and not peer):  # one host's silence is not the silence of all
                 ear.unanswered, ear.asked = 0, False
-            ear.look, ear.peer, self._changed = look, peer, True
+            ear.look, ear.peer, self._moved[ear] = look, peer, None
 
     def witnesses(self, addresses: Iterable[str]) -> bool:
         """Whom else to ask, to prove that this host can hear, the best first; whether meet() has anybody new to ask."""
@@ -693,12 +707,12 @@ class Wire:
         """Count only what is heard from now on."""
         ear = self._ears[address]
         ear.mac, ear.heard, ear.since, ear.met = b"", -math.inf, -math.inf, False
-        ear.unanswered, ear.asked, self._changed = 0, False, True
+        ear.unanswered, ear.asked, self._moved[ear] = 0, False, None
 
     def distrust(self) -> None:
         """Forget every question that is out: this process was late, or the link was down."""
         for ear in self._ears.values():
-            ear.unanswered, ear.asked, self._changed = 0, False, True
+            ear.unanswered, ear.asked, self._moved[ear] = 0, False, None
         for stream in self._streams.values():
             stream.misses = 0
         for witness in self._witnesses.values():
@@ -754,7 +768,8 @@ class Wire:
             ear.since = now
         met = ear.met or not heard.broadcast
         news = ear.mac != heard.mac or ear.met != met or ear.unanswered > 0 or now - ear.heard > TICK
-        self._changed = self._changed or ear.met != met or ear.unanswered >= self._count
+        if ear.met != met or ear.unanswered >= self._count:
+            self._moved[ear] = None
         ear.mac, ear.heard, ear.met, ear.unanswered, ear.asked = heard.mac, now, met, 0, False
         return news
 
@@ -784,10 +799,11 @@ class Wire:
         """Ask what is due; the IPs whose silence is now proven."""
         self._arrange()
         proven: list[_Ear] = []
-        for (look, peer), stream in self._streams.items():
+        for stream in self._streams.values():
             if now >= stream.next and self._frames:
-                ask = self._ask_each if look is Look.SEARCH else self._ask_in_turn if peer else self._ask_one
-                proven += ask(stream, look, peer, now, self._frames)
+                each = stream.look is Look.SEARCH
+                ask = self._ask_each if each else self._ask_in_turn if stream.peer else self._ask_one
+                proven += ask(stream, now, self._frames)
         self._due = min([stream.next for stream in self._streams.values() if self._frames], default=math.inf)
         return [str(ear.address) for ear in proven]
 
@@ -796,19 +812,19 @@ class Wire:
         return bool(ear.peer) and (ear.look is Look.SLOW or (ear.met and ear.unanswered < self._count))
 
     def _arrange(self) -> None:
-        """Sort the IPs into streams; one that goes on keeps its pace and its misses."""
-        if not self._changed:
-            return
-        old, self._streams, self._changed = self._streams, {}, False
-        for ear in self._ears.values():
-            if ear.look is not Look.NONE:
-                key = (ear.look, ear.peer) if self._turns(ear) or ear.look is Look.SLOW else (Look.SEARCH, b"")
-                if key not in self._streams:
-                    was = old.get(key, _Stream())
-                    self._streams[key] = _Stream([], was.turn, was.misses, was.sent, was.next)
-                self._streams[key].ears.append(ear)
+        """Sort what has moved into the streams; one that goes on keeps its pace and its misses."""
+        for ear in self._moved:
+            if old := ear.stream:
+                del old.ears[ear]
+            key = (ear.look, ear.peer) if self._turns(ear) or ear.look is Look.SLOW else (Look.SEARCH, b"")
+            ear.stream = self._streams.setdefault(key, _Stream(*key)) if ear.look is not Look.NONE else None
+            if ear.stream:
+                ear.stream.ears[ear] = None
+        if self._moved:
+            self._streams = {key: stream for key, stream in self._streams.items() if stream.ears}
+            self._moved.clear()
 
-    def _ask_each(self, stream: _Stream, look: Look, peer: bytes, now: float, frames: Frames) -> list[_Ear]:
+    def _ask_each(self, stream: _Stream, now: float, frames: Frames) -> list[_Ear]:
         """Every IP by itself: of everybody, or of the one who must have it but has not answered yet."""
         proven, young = [], False
         for ear in stream.ears:
@@ -824,10 +840,14 @@ class Wire:
         stream.next = now + max(self._interval * (1 if young else 4), len(stream.ears) / 1000)
         return proven
 
-    def _ask_one(self, stream: _Stream, look: Look, peer: bytes, now: float, frames: Frames) -> list[_Ear]:
+    def _next_ear(self, stream: _Stream) -> _Ear:
+        """Whose turn it is now."""
+        stream.ears.move_to_end(next(iter(stream.ears)))
+        return next(iter(stream.ears))
+
+    def _ask_one(self, stream: _Stream, now: float, frames: Frames) -> list[_Ear]:
         """One IP of which no holder is known after the other, of everybody; no verdict over the others follows."""
-        stream.turn += 1
-        ear = stream.ears[stream.turn % len(stream.ears)]
+        ear = self._next_ear(stream)
         silent = ear.asked and ear.unanswered == self._count - 1
         ear.unanswered, ear.asked = min(self._count, ear.unanswered + ear.asked), True
         self._send([frames.ask(ear.address)])
@@ -836,19 +856,18 @@ class Wire:
         stream.next = now + 8 * self._interval
         return [ear] if silent else []
 
-    def _ask_in_turn(self, stream: _Stream, look: Look, peer: bytes, now: float, frames: Frames) -> list[_Ear]:
+    def _ask_in_turn(self, stream: _Stream, now: float, frames: Frames) -> list[_Ear]:
         """One IP of this peer after the other; a missing answer is found out soon, whatever the pace."""
-        ear, pace = stream.ears[stream.turn % len(stream.ears)], TICK if look is Look.SLOW else self._rest
+        ear, pace = next(iter(stream.ears)), TICK if stream.look is Look.SLOW else self._rest
         if not ear.asked:
             stream.misses = 0
             if now < stream.sent + pace:  # it was answered: all is well until the next turn
                 stream.next = stream.sent + pace
                 return []
-            stream.turn += 1
-            ear = stream.ears[stream.turn % len(stream.ears)]
+            ear = self._next_ear(stream)
         else:
             stream.misses += 1
-            self.suspects = self.suspects or look is Look.FAST
+            self.suspects = self.suspects or stream.look is Look.FAST
             self._ask_witnesses(now)
         if stream.misses >= self._count:
             stream.misses = 0
@@ -858,18 +877,18 @@ class Wire:
             for each in stream.ears:
                 each.asked = True
             self._send([frames.ask(each.address) for each in stream.ears])
-            stream.next += len(stream.ears) * 0.0003  # each of them has to be answered
+            stream.next += len(stream.ears) * self.EACH
         else:
             ear.asked = True
-            self._send([frames.ask(ear.address, peer)])
+            self._send([frames.ask(ear.address, stream.peer)])
         return []
 
     def _verdict(self, stream: _Stream, now: float) -> list[_Ear]:
         """Whoever has not answered the last question, either."""
         silent = [ear for ear in stream.ears if ear.asked]
         for ear in silent:
-            ear.unanswered, ear.asked = self._count, False
-        stream.next, self._changed = now, True
+            ear.unanswered, ear.asked, self._moved[ear] = self._count, False, None
+        stream.next = now
         return silent
 
     def meet(self, now: float) -> None:
@@ -935,7 +954,7 @@ class Want(Enum):
 
 
 class LockView(NamedTuple):
-    """What ZooKeeper last said of one IP, what that is worth now, and until when, without any news."""
+    """What ZooKeeper last said of one IP, what that is worth now, and until when, unless it answers."""
 
     lock: Lock = Lock.UNKNOWN
     queue: tuple[Contender, ...] = ()  # first the holder; the last known one
@@ -970,6 +989,10 @@ class _Place:
     refused: float = math.inf  # since when it cannot be listed
     not_before: float = -math.inf  # after a refusal
 
+    def at(self, session: int) -> int:
+        """Where this session's first node is in the queue; -1: nowhere."""
+        return next((n for n, c in enumerate(self.queue) if c.session == session), -1)
+
 
 @dataclass(eq=False)
 class _Hosts(_Place):
@@ -987,6 +1010,7 @@ class _Hosts(_Place):
 # 0, where such a UUID has 8, 9, a or b (RFC 9562, 4.1): so a stranger's is known by its name.
 NODE = re.compile(r"(?:([0-9a-f]{16})([0-9a-f])[0-9a-f]{15})?.*__lock__-?(\d{10})$")
 _ORDINARY = ("NoNodeError", "NodeExistsError", "NotEmptyError")  # somebody else was there first, or still is
+_UNDONE = ("RolledBackError", "RuntimeInconsistency")  # for another step's sake
 _NO_ANSWER = ("ConnectionLoss", "SessionExpiredError", "ConnectionClosedError", "AuthFailedError")
 
 
@@ -1000,7 +1024,8 @@ class Referee:
     also by one that has lost its leader). Listeners, watches and completions run in kazoo's threads and only post.
     """
 
-    WINDOW = 64  # requests out at once: kazoo wakes its thread through a blocking socket pair (278 fill it)
+    WINDOW = 16  # requests out at once, so that kazoo's threads leave the loop some of the interpreter's time
+    BATCH = 64  # IPs in a transaction
     PARTS = 8  # of a session timeout: one without an answer is too long, and so often the leader is asked at least
     rest = 2.5  # as NoReferee's: the first standby alone asks; no switch port carries 10 ARP a second
 
@@ -1009,10 +1034,11 @@ class Referee:
     ) -> None:
         self._config, self._now, self._post, self._news = config, now, post, news
         self._client: Any = None
-        self._hosts = _Hosts("", f"{config.ensemble[1]}/hosts", functools.partial(post, self._fired, ""))
-        self._places: dict[str, _Place] = {"": self._hosts}
+        hosts = _Hosts("", f"{config.ensemble[1]}/hosts", functools.partial(post, self._fired, ""))
+        self._places: dict[str, _Place] = {"": hosts}
         self._out: dict[object, tuple[float, str]] = {}  # requests: when each was sent, and what it asks
         self._later: deque[Callable[[], None]] = deque()  # what does not fit into the window
+        self._takes: list[_Place] = []  # where the nodes ahead are to go, in the next transaction
         self._connected, self._confirmed = False, now()
         self.session: tuple[int, bytes] | None = None
         self.timeout = config.session_timeout  # what the server granted
@@ -1020,6 +1046,10 @@ class Referee:
         self.due = -math.inf  # when tick() wants to be called again
 
     # -- the session
+
+    @property
+    def _hosts(self) -> _Hosts:
+        return cast(_Hosts, self._places[""])
 
     @property
     def records(self) -> Mapping[str, Record]:
@@ -1071,8 +1101,10 @@ class Referee:
         """Keep the lease clock wound, and give up what does not answer; kazoo would wait for 2/3 of the session."""
         if now < self.due:
             return
-        part = self.timeout / self.PARTS
-        self.due = now + part / 2
+        part, lost = self.timeout / self.PARTS, self._confirmed + self.timeout + 0.001  # whatever the rounding
+        if self.due <= lost <= now:
+            self._news("")
+        self.due = min(now + part / 2, lost if lost > now else math.inf)
         if not self._client._connection._connection_routine.is_alive():
             log.error("ZooKeeper: the client's thread has died: starting another one")
             self.stop(0.0)  # nothing that it says reaches the server any more: the session goes on
@@ -1087,7 +1119,7 @@ class Referee:
             self.ask()
         if not self._connected and self.age(now) > self.timeout:
             self._client.last_zxid = 0  # else an ensemble that lost its data would turn us away for ever
-        for place in tuple(self._places.values()):
+        for place in [place for place in self._places.values() if place.stale]:  # it was refused
             self._next(place)
 
     def ask(self) -> None:
@@ -1099,7 +1131,7 @@ class Referee:
         """What ZooKeeper said may be old: ask the leader, and list the queue (or all) again."""
         self._ask(None, "sync", self._hosts.path)  # answered before the listings are
         for place in [self._places[address]] if address else tuple(self._places.values()):
-            place.stale, place.listed = True, place.listed if address else -math.inf
+            place.stale, place.heeded, place.listed = True, False, place.listed if address else -math.inf
             self._next(place)
 
     def _oldest(self) -> float:
@@ -1116,10 +1148,10 @@ class Referee:
     def _on_state(self, session: tuple[int, bytes] | None, expired: bool) -> None:
         self._connected, again = session is not None, session is not None and self._own == _number(session[0])
         self.session = None if expired else session or self.session
-        self._out.clear()
-        self._later.clear()
+        for gone in (self._out, self._later, self._takes):
+            gone.clear()
         for place in self._places.values():
-            place.busy, place.stale = False, True
+            place.busy, place.stale, place.heeded = False, True, False
             if expired or (session and not again):
                 place.queue = ()
             if session and not (again and self._config.at_most_one):
@@ -1152,17 +1184,13 @@ class Referee:
             return (self._later.appendleft if first else self._later.append)(send)
         ticket = object()
         self._out[ticket] = (self._now(), call)
-        if call == "multi":  # in one step: check that our node exists, delete exactly these nodes
-            transaction, (mine, ahead) = self._client.transaction(), args
-            transaction.check(mine, -1)
-            for node in ahead:
-                transaction.delete(node)
-            result = transaction.commit_async()
-        else:
-            result = getattr(self._client, call + "_async")(*args, **more)
+        ask = functools.partial(_delete, self._client) if call == "multi" else getattr(self._client, call + "_async")
+        result = ask(*args, **more)
         result.rawlink(lambda r: self._post(self._answered, ticket, place, then, r.exception or r.value))
 
     def _answered(self, ticket: object, place: _Place | None, then: Any, answer: Any) -> None:
+        if isinstance(answer, list):  # of a transaction: what was wrong with it
+            answer = next((e for e in answer if isinstance(e, Exception) and type(e).__name__ not in _UNDONE), answer)
         name = type(answer).__name__ if isinstance(answer, Exception) else ""
         sent, call = self._out.pop(ticket, (0.0, ""))
         if not call or name in _NO_ANSWER:  # or of an earlier connection
@@ -1175,12 +1203,13 @@ class Referee:
             self._confirmed = max(self._confirmed, sent)  # the leader has spoken
         if place:
             place.busy = False
-            if refused:  # nothing is known; again later
-                place.stale, place.not_before, place.refused = True, self._now() + TICK, min(place.refused, sent)
-            elif then:
-                then(place, answer, sent)
-            else:  # what counts is the listing after a write, whatever the answer
-                place.stale = True
+        if place and refused:  # nothing is known; again later
+            place.stale, place.not_before, place.refused = True, self._now() + TICK, min(place.refused, sent)
+        elif then:
+            then(place, answer, sent)
+        elif place:  # what counts is the listing after a write, whatever the answer
+            place.stale = True
+        if place:
             self._next(place)
         while self._later and len(self._out) < self.WINDOW:
             self._later.popleft()()
@@ -1208,7 +1237,7 @@ class Referee:
     def view(self, address: str, now: float, since: float) -> LockView:
         """The lock by our own lease clock; to be ours it must have been confirmed after `since`."""
         place, late = self._places[address], self._oldest() + ANSWER
-        at = next((n for n, c in enumerate(place.queue) if c.session == self._own), -1)
+        at = place.at(self._own)
         known, lock = place.listed > -math.inf, Lock.OTHER if place.queue else Lock.NOBODY
         if max(self.age(now), now - place.refused) > self.timeout:
             lock = Lock.UNKNOWN
@@ -1217,8 +1246,7 @@ class Referee:
             lock = Lock.MINE if sure else Lock.WAITING
         elif not known or not self._connected or now > late:
             lock = Lock.WAITING
-        until = min((t for t in (self._confirmed + self.timeout, late) if t > now), default=math.inf)
-        return LockView(lock, place.queue, at, until)
+        return LockView(lock, place.queue, at, late if late > now else math.inf)
 
     def _fired(self, address: str, _: Any) -> None:
         if place := self._places.get(address):
@@ -1232,7 +1260,7 @@ class Referee:
         path, queue = place.path, place.queue
         mine = [c.node for c in queue if c.session == self._own]
         stands = place.want in (Want.IN, Want.FIRST)
-        ahead = queue[: next((n for n, c in enumerate(queue) if c.node in mine), 0)]
+        ahead = queue[: max(0, place.at(self._own))]
         out = mine[1:] if stands else mine  # twice: the answer to a create was lost
         out += [c.node for c in ahead if c.session == self._hosts.dead != 0]  # behind ours it would be alive
         if place.stale:
@@ -1252,7 +1280,32 @@ class Referee:
             node, data = f"{path}/{self._own:016x}0{uuid.uuid4().hex[17:]}__lock__", self._config.hostname.encode()
             self._ask(place, "create", node, data, ephemeral=True, sequence=True, makepath=True)
         elif place.want is Want.FIRST and ahead:
-            self._ask(place, "multi", f"{path}/{mine[0]}", [f"{path}/{c.node}" for c in ahead])
+            place.busy = True
+            self._takes.append(place)
+            if len(self._takes) == 1:
+                self._post(self._take, self._takes)
+
+    def _take(self, places: list[_Place], most: int = BATCH) -> None:
+        """In one transaction for many: one for each of a thousand IPs would last long."""
+        while some := places[:most]:
+            del places[:most]
+            queues = [[f"{place.path}/{c.node}" for c in place.queue[: place.at(self._own) + 1]] for place in some]
+            ours, others = [queue.pop() for queue in queues], [node for queue in queues for node in queue]
+            then = functools.partial(self._taken, some)
+            self._ask(some[0] if len(some) == 1 else None, "multi", ours, others, then=then)
+
+    def _taken(self, places: list[_Place], _: Any, answer: Any, sent: float) -> None:
+        """What it changed is known: no listing has to be waited for. A step that was wrong is found by halves."""
+        if isinstance(answer, Exception) and len(places) > 1:
+            return self._take(places, len(places) // 2)
+        for place in places:
+            place.busy = False
+            if isinstance(answer, Exception):
+                place.stale = True
+            else:
+                place.queue, place.listed, place.heeded = place.queue[place.at(self._own) :], sent, False
+                self._news(place.address)
+            self._next(place)
 
     def _next_record(self, hosts: _Hosts) -> None:
         name, data = self._config.hostname, json.dumps(hosts.mine._asdict()).encode()
@@ -1269,33 +1322,30 @@ class Referee:
             return  # doubted since it was asked for
         if isinstance(answer, Exception) and place.want is not Want.GONE:  # a watch needs a directory
             return self._ask(place, "create", place.path, makepath=True)
-        children = [] if isinstance(answer, Exception) else answer
+        children, known = [] if isinstance(answer, Exception) else answer, place.listed > -math.inf
         place.listed, place.refused = sent, math.inf
         if place is not self._hosts:
-            place.queue, place.heeded = self._queue(children), False
-            return self._news(place.address)
+            queue = _queue(children, self._hosts.owners)
+            if not (known and place.heeded and queue == place.queue):  # else it is what was decided on
+                place.queue, place.heeded = queue, False
+                self._news(place.address)
+            return
         hosts, kept = self._hosts, {c.session for each in self._places.values() for c in each.queue}
         kept |= {self._own, hosts.dead}
         hosts.owners = {session: host for session, host in hosts.owners.items() if session in kept}
-        hosts.records = {host: record for host, record in hosts.records.items() if host in children}
+        if gone := hosts.records.keys() - {*children}:
+            hosts.records = {host: record for host, record in hosts.records.items() if host not in gone}
+            self._news("")
         hosts.owner = None if self._config.hostname in children else -1
         for host in children:
             read = functools.partial(self._read, host)
             self._ask(hosts, "get", f"{hosts.path}/{host}", then=read, watch=hosts.watch)
 
-    def _queue(self, nodes: Iterable[str]) -> tuple[Contender, ...]:
-        """Whose nodes they are, in their order."""
-        queue, owners = [], self._hosts.owners
-        for found in sorted(filter(None, map(NODE.match, nodes)), key=lambda found: found[3]):
-            session = int(found[1] or "0", 16)
-            ours = session in owners or found[2] == "0"
-            queue.append(Contender(found[0], session * ours, owners.get(session, "?") if ours else "another program"))
-        return tuple(queue)
-
     def _read(self, host: str, hosts: _Hosts, answer: Any, _: float) -> None:
         if isinstance(answer, Exception):
             return  # it has just gone
         record, owner = Record.parse(answer[0]), _number(answer[1].ephemeralOwner)
+        known = hosts.records.get(host) == record and hosts.owners.get(owner) == host
         hosts.records[host], hosts.owners[owner] = record, host
         if host == self._config.hostname:
             hosts.owner = owner
@@ -1310,9 +1360,30 @@ class Referee:
             taken = owner not in (self._own, hosts.dead)
             other = "another host (give each its own `hostname`), or this one before a reboot"
             self._refuse("name", f"the name {host} is taken in ZooKeeper by {other}" if taken else "")
-        for place in self._places.values():
-            place.queue = self._queue(c.node for c in place.queue)
-        self._news("")
+        for place in self._places.values() if not known else ():
+            place.queue = _queue((c.node for c in place.queue), hosts.owners)
+        if not known:
+            self._news("")
+
+
+def _delete(client: Any, ours: Iterable[str], others: Iterable[str]) -> Any:
+    """In one step: check that our nodes exist, delete exactly the others."""
+    transaction = client.transaction()
+    for node in ours:
+        transaction.check(node, -1)
+    for node in others:
+        transaction.delete(node)
+    return transaction.commit_async()
+
+
+def _queue(nodes: Iterable[str], owners: Mapping[int, str]) -> tuple[Contender, ...]:
+    """Whose nodes they are, in their order."""
+    queue = []
+    for found in sorted(filter(None, map(NODE.match, nodes)), key=lambda found: found[3]):
+        session = int(found[1] or "0", 16)
+        ours = session in owners or found[2] == "0"
+        queue.append(Contender(found[0], session * ours, owners.get(session, "?") if ours else "another program"))
+    return tuple(queue)
 
 
 def _number(session: int) -> int:
@@ -1869,7 +1940,7 @@ class Vip:
         known = bool(holder.session) and holder.host in a.peers
         foreign = bound and lock.lock is Lock.OTHER and not holder.session  # another program: nobody will answer
         judged = known and not bound and lock.lock in (Lock.OTHER, Lock.WAITING)
-        accused = a.peers[holder.host].addresses if judged else None
+        accused = (a.peers[holder.host].addresses if lock.place == 1 and wire.met else ()) if judged else None
         before = sum(record.mac < link.mac.hex(":") for record in a.peers.values() if record.mac)
         return Facts(
             lock=lock.lock,
@@ -1915,13 +1986,13 @@ class Vip:
             self.at.yielded = now  # the lock that it had is worth nothing until it is confirmed
             self.agent.referee.distrust(self.vip.address)
         self._stand(decision, facts, lock, now)
-        self._apply(decision.wanted, now)
+        self._apply(decision, now)
         self._announce(decision, now)
         self._note_conflict(facts, now)
         self._finish(lock, now)
         if self.agent.vips.get(self.vip.address) is self:
             self.agent.wire.watch(self.vip.address, decision.look, self._holder_mac(lock))
-        return min(due, lock.until, self._due(facts, now))
+        return min(due, self._due(facts, now))
 
     def _post_result(self, function: Callable[..., Any], *args: Any) -> None:
         self.agent.post(function, *args)
@@ -1961,6 +2032,8 @@ class Vip:
         leaves = bound and (asked or lock.lock is Lock.OTHER)
         if leaves and at.leaving is None:
             a.wire.forget(address)  # only who is heard from now on is our successor
+            if lock.lock is Lock.OTHER:
+                a.wire.say(Kind.ASK, address)  # it may have spoken already
         elif not leaves:
             self.gave.clear()
         at.leaving = (at.leaving or now) if leaves else None
@@ -1989,16 +2062,17 @@ class Vip:
         self.gave[mac] = now
         self.agent.wire.say(Kind.GIVE, self.vip.address, mac)
 
-    def _apply(self, wanted: bool, now: float) -> None:
+    def _apply(self, decision: Decision, now: float) -> None:
         """Bind, begin a finite lifetime anew, or cancel the announcements and unbind."""
         a, at, ip, bound, strict = self.agent, self.at, self.vip.bound, self.bound, self.agent.config.at_most_one
-        if bound and not wanted:
+        if bound and not decision.wanted:
             at.announce, at.given = math.inf, (b"", -math.inf)
             log.info("vip=%s unbound (%s)", self.vip.ip, self.reason)
             a.unbind(ip)
         able = a.kernel.link.number and ip not in a.kernel.addresses and now >= at.retry
         able = strict and self.seen.lock is Lock.MINE if bound else able
-        if not (wanted and able) or (strict and not a.in_time(a.clock.now())):  # we may have been stopped since `now`
+        late = strict and not a.in_time(a.clock.now())  # we may have been stopped since `now`
+        if late or not (decision.wanted and able):
             return
         fails, why = self.failed
         try:
@@ -2018,7 +2092,8 @@ class Vip:
             a.wire.forget(self.vip.address)
             log.info("vip=%s bound on %s (%s)", self.vip.ip, a.config.interface, self.reason)
             a.save_soon()
-            a.news(self.vip.address)
+            if not decision.announce:  # else that follows at once
+                a.news(self.vip.address)
 
     # -- announcements ---------------------------------------------------------------------------------
 
@@ -2033,7 +2108,7 @@ class Vip:
             self.step = len(ANNOUNCE_AT) if self.step < 0 else 0
         if now < at.announce:
             return
-        if now < at.bound + 2 * LINGER and not self.agent.network.ready(self.vip.bound):
+        if self.vip.ip.version == 6 and now < at.bound + 2 * LINGER and not self.agent.network.ready(self.vip.bound):
             at.announce = now + LINGER / 10
             return
         self.agent.wire.announce(self.vip.address, ask=self.step > 1)
@@ -2147,8 +2222,9 @@ class Vip:
         return facts.lock is Lock.MINE or facts.successor or facts.heard <= TICK
 
     def _due(self, f: Facts, now: float) -> float:
-        """When to look again without any news: soon while something moves; else all is decided again each second."""
-        times = [self.at.announce]
+        """When to look again without any news: soon while something moves, else now and then."""
+        rests, soon = f.at_rest and not self.orders and now >= self.at.quiet, min(now + TICK, self.seen.until)
+        times = [self.at.announce, math.ceil(now + random.uniform(LONG, QUIET)) if rests else soon]  # many in one turn
         if self.orders or f.leaving is not None or (self.bound and f.other) or (f.deaf and f.proven):
             times += [now + LINGER, now - f.heard - f.staying + f.slack + 0.001]  # whatever the rounding
         if f.unsure or not f.fit:
@@ -2373,17 +2449,38 @@ class Pool(ThreadPoolExecutor):
 
 
 class Loop:
-    """The loop's inbox and wake-ups: who has something for it posts; `due` says when to decide again for each IP."""
+    """The loop's inbox and wake-ups: who has something for it posts; decide() says when to decide again for an IP."""
 
     def __init__(self, clock: Clock) -> None:
         self._queue: queue.SimpleQueue[tuple[Callable[..., Any], tuple[Any, ...]]] = queue.SimpleQueue()
         self.changes: deque[tuple[Future[Any], Change]] = deque()  # the first one is under way
         self._clock, self.now = clock, clock.now()  # read once a turn
         self.wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.due: dict[str, float] = {}
+        self._due: dict[str, float] = {}  # when to decide again for each IP
+        self._order: list[tuple[float, int, str]] = []  # the same as a heap, with some that are over
+        self._serial = itertools.count()
         self.turns = 0
         self.distrusted = -math.inf  # what we remember from before may be old
         self.tick_at = self.save_at = -math.inf
+
+    def decide(self, address: str, when: float) -> None:
+        """Wake up for this IP then, at the latest."""
+        if when < self._due.get(address, math.inf):
+            self._due[address] = when
+            heapq.heappush(self._order, (when, next(self._serial), address))
+
+    @property
+    def due(self) -> float:
+        """When the first IP is to be decided again."""
+        while self._order and self._due.get(self._order[0][2]) != self._order[0][0]:
+            heapq.heappop(self._order)
+        return self._order[0][0] if self._order else math.inf
+
+    def take(self) -> str:
+        """The IP for which that is."""
+        address = heapq.heappop(self._order)[2]
+        del self._due[address]
+        return address
 
     def post(self, function: Callable[..., Any], *args: Any) -> None:
         """Have the loop call this; from any thread or signal handler."""
@@ -2461,7 +2558,7 @@ class _Kernel:
     own: dict[int, str] = field(default_factory=dict)  # this host's own one per IP version
     foreign: frozenset[str] = frozenset()  # those that LinK did not add, without their prefix lengths
     due: float = -math.inf  # when to look again
-    again: float = -math.inf  # not before: at most a tenth of the time, as every change of an address is reported
+    again: float = -math.inf  # not before: at most 1/30 of the time, as every change of an address is reported
     error: str = ""
 
 
@@ -2545,8 +2642,10 @@ class Agent:
     @property
     def expected(self) -> float:
         """When the loop is to go round again at the latest."""
-        loop, ips = self.loop, min(self.loop.due.values(), default=math.inf)
-        return max(loop.now, min(ips, loop.tick_at, loop.save_at, self.wire.due, self.referee.due, self.kernel.due))
+        loop = self.loop
+        return max(
+            loop.now, min(loop.due, loop.tick_at, loop.save_at, self.wire.due, self.referee.due, self.kernel.due)
+        )
 
     def turn(self, expected: float) -> bool:
         """One round: hear, then act. True when the agent has stopped."""
@@ -2563,7 +2662,8 @@ class Agent:
         loop.serve()
         if now >= loop.tick_at:
             loop.tick_at = now + TICK
-            self.news(*self.vips)
+            if self.referee.refused or self.wire.deaf(now, ()):
+                self.news(*self.vips)
             self.network.hear_only({*self.vips, *self.wire.known()})
             self.wire.meet(now)
             notify("WATCHDOG=1")
@@ -2581,19 +2681,20 @@ class Agent:
 
     def _settle(self) -> None:
         """Decide again for every IP whose time has come; in slices, so that the wire is heard meanwhile."""
-        loop = self.loop
-        for _, address in sorted((when, address) for address, when in loop.due.items() if when <= loop.now):
-            del loop.due[address]
+        loop, done = self.loop, set[str]()
+        while loop.due <= loop.now:
+            if (address := loop.take()) in done:  # what a decision did may be news
+                return loop.decide(address, loop.now)
+            done.add(address)
             if vip := self.vips.get(address):
-                again = vip.reconcile(loop.now)
-                loop.due[address] = min(again, loop.due.get(address, math.inf))  # what it did may be news
+                loop.decide(address, vip.reconcile(loop.now))
             if self.clock.now() - loop.now >= SLICE:
                 break
 
     def news(self, *addresses: str) -> None:
         """Decide again for these; who has waited for longest comes first."""
         for address in addresses:
-            self.loop.due[address] = min(self.loop.now, self.loop.due.get(address, math.inf))
+            self.loop.decide(address, self.loop.now)
 
     def _distrust(self) -> None:
         """What we remember may be old (late loop, link up): ask ZooKeeper and the wire before acting on it."""
@@ -2696,7 +2797,7 @@ class Agent:
             log.log(logging.DEBUG if old.error else logging.WARNING, "%s: %s", self.config.interface, error)
             old.error, old.due, old.again = str(error), began + TICK, began + TICK
             return
-        again = began + min(TICK, 10 * (self.clock.now() - began))
+        again = began + min(TICK, 30 * (self.clock.now() - began))
         foreign = frozenset(str(ip.ip) for ip, ours in addresses.items() if not ours)
         self.kernel = _Kernel(link, addresses, own, foreign, began + 5 * TICK, again)
         for address, vip in self.vips.items():

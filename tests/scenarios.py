@@ -134,6 +134,8 @@ class Cluster:
             if row.ips >= MANY:
                 self.start_afresh(host)
                 wait_until(partial(self.serves, host), 60)
+                in_queues = partial(self._all_heard, host, host.number if row.zookeeper else 0, False)
+                wait_until(in_queues, 60, f"{host.name}: in all queues")  # else each queue has an order of its own
             else:
                 together(*(partial(self.add, host, vip=vip, **(CHECKED if row.check else {})) for vip in vips))
             if host is self.hosts[0]:  # one holder for all, and the same queue for each
@@ -141,15 +143,17 @@ class Cluster:
         if row.agents and vips:
             holder, others = self.settled(self.vips[0], 60)
             asks = row.config.get("probe_count", 3) and "promise" not in row.config
-            for host in [holder, *others]:
-                ready = partial(self._all_heard, host, bool(row.zookeeper), asks and host is not holder)
+            for host in [holder, *others]:  # with a lock the second standby asks for one IP a second
+                heard = host is not holder and (host is others[0] or not row.zookeeper or row.ips < MANY)
+                queued = len(self.among) if row.zookeeper else 0
+                ready = partial(self._all_heard, host, queued, asks and heard)
                 wait_until(ready, 10 + row.ips / 20, f"{host.name}: all in the queue, the holder heard")
         pause(0.2 if self.quick else random.uniform(1.5, 2))  # any phase of anybody's timers
         self.mark()
 
-    def _all_heard(self, host: Host, queued: bool, heard: bool) -> bool:
+    def _all_heard(self, host: Host, queued: int, heard: bool) -> bool:
         ips = [ip for ip in host.api("GET", "/ips")[1]["ips"] if ip["ip"].partition("/")[0] in self.vips]
-        fine = [ip for ip in ips if not queued or len(ip["hosts"]) == len(self.among)]
+        fine = [ip for ip in ips if not queued or len(ip["hosts"]) == queued]
         return len([ip for ip in fine if not heard or ip["wire"]["state"] == "answered"]) == len(self.vips)
 
     def reset(

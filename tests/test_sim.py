@@ -1375,6 +1375,13 @@ def test_planned_moves_have_no_gap_and_end_at_once(w, call):
     assert w.worst_gap == 0 and w.worst_two < 0.1
 
 
+@story(40)
+def test_a_successor_that_speaks_before_its_lock_is_known_is_asked_again_at_once(w, holder, first):
+    first.ask("take_lock")
+    w.run(1)
+    assert w.binders() == [first] and w.worst_gap == 0 and w.worst_two < 0.08
+
+
 @table("vips", [VIPS[:1], VIPS[1:2]])
 @table("order", ["take_lock", "failover", "sigterm", "delete_ip", "sick"])
 @story(12, checks=True, zookeeper=False)
@@ -1403,7 +1410,7 @@ def test_a_word_that_nobody_who_may_say_it_has_said_is_not_heeded(w, holder, fir
     play(w, "3, vip stays")
 
 
-@table("loss", [0.0, 0.3])
+@table("loss", [0.0, 0.5])
 @story(40, hosts=4, zookeeper=False)
 def test_without_zookeeper_two_that_take_an_ip_at_once_get_it_one_after_the_other(w, seed, first, second, loss):
     w.wire.loss = loss
@@ -1723,6 +1730,40 @@ def test_a_lock_that_cannot_be_taken_holds_up_no_other(w, holder, first):
     assert len(asked) <= 20, "what is wrong is found by halves"
     locks = [vip.seen.lock for vip in first.agent.vips.values()]
     assert locks.count(Lock.MINE) == 59 == len(first.bound), locks
+
+
+@story([1], vips=20, rest=15.0)
+def test_that_zookeeper_has_been_silent_for_too_long_is_news_to_every_ip_at_rest(w, holder):
+    w.server.stop()
+    w.run(6)
+    assert all("without a lock" in vip.reason for vip in holder.agent.vips.values())
+
+
+@story([1])
+def test_a_host_that_leaves_is_a_witness_no_more(w, holder, second):
+    assert second.own[4] in holder.agent.wire.known()
+    w.fault("sigterm", second)
+    w.run(3)
+    assert second.own[4] not in holder.agent.wire.known() and second.name not in holder.agent.peers
+
+
+@story([1])
+def test_what_was_to_be_taken_is_forgotten_with_the_session(w, holder, first):
+    referee = first.agent.referee
+    referee.want(w.address, link.Want.FIRST)
+    assert referee._takes
+    referee._on_state(None, True)
+    w.run(1)
+    assert w.binders() == [holder] and not w.count("breaks a lock")
+
+
+@table("again", [True, False])
+@story([1], promise="at-most-one")
+def test_a_listing_that_answers_a_doubt_is_news_though_it_says_the_same(w, holder, again):
+    with mock.patch.object(holder.agent.referee, "_news") as news:
+        w.server._reset(holder.kazoo.line) if again else holder.agent.referee.distrust(w.address)
+        w.run(1)
+    assert mock.call(w.address) in news.mock_calls
 
 
 @table("zookeeper", [True, False])

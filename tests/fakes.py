@@ -29,7 +29,7 @@ ASK, CLAIM, WANT, GIVE = link.Kind
 WORDS = {ASK: "ask", CLAIM: "announce", WANT: "want", GIVE: "give"}
 
 
-table = functools.partial(pytest.mark.parametrize, ids=lambda value: repr(value)[:50])
+table = functools.partial(pytest.mark.parametrize, ids=lambda value: getattr(value, "__name__", repr(value)[:50]))
 
 
 def until(condition: Callable[[], Any], what: str = "", timeout: float = 5.0) -> Any:
@@ -236,8 +236,9 @@ class Served:
         with contextlib.closing(connection):
             connection.request(method, path, data, headers or {})
             got = connection.getresponse()
-            text = got.read()
-            return Answer(got.status, json.loads(text) if text else None, got.headers)
+            text = got.read().decode()
+            spoken = "json" in got.headers.get("Content-Type", "")
+            return Answer(got.status, json.loads(text) if spoken and text else text or None, got.headers)
 
     def raw(self, data: bytes) -> bytes:
         with socket.create_connection(self.address, 15) as connection:

@@ -28,6 +28,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -740,8 +741,8 @@ class World(link.Clock):
     def now(self) -> float:
         return self.time
 
-    def stamp(self, ago: float = 0.0) -> str:
-        return f"{self.time - ago:.4f}"
+    def stamp(self, ago: float = 0.0, digits: str = "seconds") -> str:
+        return datetime.fromtimestamp(self.time - ago, UTC).isoformat(timespec=digits).replace("+00:00", "Z")
 
     def at(self, when: float, do: Callable[..., None], *args: Any) -> None:
         heapq.heappush(self.events, (when, next(self._count), do, args))

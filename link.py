@@ -663,7 +663,7 @@ class Wire:
         self._moved: dict[_Ear, None] = {}  # may belong to another stream now
         self._witnesses: dict[str, _Witness] = {}
         self._heard = -math.inf  # anybody
-        self._askers: dict[bytes, float] = {}  # who asks for IPs of ours, and when last
+        self._others: dict[tuple[Kind, bytes], float] = {}  # who asks for our IPs (ASK) or claims them, and when last
         self._due = math.inf
         self.round_trip = math.nan  # seconds from the last probe that a holder has answered to its answer
         self.suspects = False  # a holder has missed a probe: ZooKeeper may be needed soon
@@ -754,7 +754,12 @@ class Wire:
 
     def askers(self, now: float) -> list[bytes]:
         """The MACs of the standbys, by their probes; the lowest first."""
-        return sorted(mac for mac, at in self._askers.items() if now - at <= 2 * TICK)
+        return sorted(mac for (kind, mac), at in self._others.items() if kind is Kind.ASK and now - at <= 2 * TICK)
+
+    def claims_anew(self, mac: bytes, now: float) -> bool:
+        """Another host claims an IP that is bound here: whether it has claimed none for a second."""
+        last, self._others[Kind.CLAIM, mac] = self._others.get((Kind.CLAIM, mac), -math.inf), now
+        return now - last > TICK
 
     # -- what comes in
 
@@ -769,7 +774,7 @@ class Wire:
         if ear is None or not (known or (heard.kind is Kind.CLAIM and (heard.broadcast or heard.mac == ear.mac))):
             return False  # a proxy's answers count for nothing; it makes no announcements
         if heard.kind is not Kind.CLAIM:
-            self._askers[heard.mac] = now
+            self._others[Kind.ASK, heard.mac] = now
             return False
         if now - ear.heard > 1.5 * TICK:
             ear.since = now
@@ -902,7 +907,7 @@ class Wire:
 
     def meet(self, now: float) -> None:
         """Ask the witnesses that have never answered, often at first; to be called once a second."""
-        self._askers = {mac: at for mac, at in self._askers.items() if now - at <= 2 * TICK}
+        self._others = {other: at for other, at in self._others.items() if now - at <= 2 * TICK}
         for witness in self._witnesses.values() if self._frames else ():
             owes = witness.met and witness.asked < math.inf  # it, or its answer, may have been lost
             if owes or (not witness.met and (witness.tries < 5 or witness.tries % 60 == 0)):
@@ -995,7 +1000,7 @@ class _Place:
     stale: bool = True  # to be listed again: the watch has fired, we wrote, we doubt, it was refused
     heeded: bool = False  # `want` was decided after the last listing
     busy: bool = False  # one request at a time
-    refused: float = math.inf  # since when it cannot be listed
+    refused: float = math.inf  # since when it cannot be listed, or joined
     not_before: float = -math.inf  # after a refusal
 
     def at(self, session: int) -> int:
@@ -1204,11 +1209,10 @@ class Referee:
         sent, call = self._out.pop(ticket, (0.0, ""))
         if not call or name in _NO_ANSWER:  # or of an earlier connection
             return
-        if refused := name not in ("", *_ORDINARY):
-            self._refuse("call", f"ZooKeeper refuses: {name} {answer}".strip())
-        elif call == "get_children":
-            self._refuse("call", "")
-        elif call != "get":
+        refused, where = name not in ("", *_ORDINARY), place.path if place else self._config.ensemble[1]
+        why = f"ZooKeeper refuses {call} in {where}: {name}; see zookeeper_auth, and that node's ACL and quota"
+        self._refuse(call, why if refused else "")
+        if not refused and call not in ("get", "get_children"):
             self._confirmed = max(self._confirmed, sent)  # the leader has spoken
         if place:
             place.busy = False
@@ -1308,10 +1312,8 @@ class Referee:
         if isinstance(answer, Exception) and len(places) > 1:
             return self._take(places, len(places) // 2)
         for place in places:
-            place.busy = False
-            if isinstance(answer, Exception):
-                place.stale = True
-            else:
+            place.busy, place.stale = False, place.stale or isinstance(answer, Exception)
+            if not isinstance(answer, Exception):
                 place.queue, place.listed, place.heeded = place.queue[place.at(self._own) :], sent, False
                 self._news(place.address)
             self._next(place)
@@ -1332,9 +1334,11 @@ class Referee:
         if isinstance(answer, Exception) and place.want is not Want.GONE:  # a watch needs a directory
             return self._ask(place, "create", place.path, makepath=True)
         children, known = [] if isinstance(answer, Exception) else answer, place.listed > -math.inf
-        place.listed, place.refused = sent, math.inf
+        place.listed = sent
         if place is not self._hosts:
             queue = _queue(children, self._hosts.owners)
+            if place.want not in (Want.IN, Want.FIRST) or self._own in [c.session for c in queue]:
+                place.refused = math.inf  # else it is not known that we may join it
             if not (known and place.heeded and queue == place.queue):  # else it is what was decided on
                 place.queue, place.heeded = queue, False
                 self._news(place.address)
@@ -1435,7 +1439,7 @@ def _kazoo_client(config: Config, session: tuple[int, bytes] | None) -> Any:
 ################################################################################
 
 ETH_P_ARP, ETH_P_IPV6, SOL_PACKET = 0x0806, 0x86DD, 263
-IFF_UP, IFF_NOARP, IFF_LOWER_UP = 0x1, 0x80, 0x10000  # <linux/if.h>
+IFF_UP, IFF_LOOPBACK, IFF_NOARP, IFF_LOWER_UP = 0x1, 0x8, 0x80, 0x10000  # <linux/if.h>
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MASTER, IFLA_OPERSTATE, IFLA_LINKINFO, IFLA_EXT_MASK = 1, 3, 10, 16, 18, 29
 IFLA_INFO_SLAVE_KIND, RTEXT_FILTER_SKIP_STATS = 4, struct.pack("I", 8)
 IFA_ADDRESS, IFA_LOCAL, IFA_CACHEINFO, IFA_FLAGS, IFA_PROTO = 1, 2, 6, 8, 11  # <linux/if_addr.h>
@@ -1543,7 +1547,7 @@ class Network:
         if index != self._index or (listen and not self._packets):
             self._open(index, listen)
         if not index:
-            return Link(), {}, {}
+            return Link(trouble=f"{self.name} does not exist: name another interface, or make it"), {}, {}
         addresses = {ip: ours for at, ip, ours, _ in self._bound() if at == index}
         foreign = [ip for ip, ours in addresses.items() if not ours and (ip.version == 4 or ip.is_link_local)]
         own: dict[int, str] = {ip.version: str(ip.ip) for ip in reversed(foreign)}  # the first counts
@@ -1554,6 +1558,8 @@ class Network:
         dormant = "is dormant (802.1X?)" if more.get(IFLA_OPERSTATE) == b"\5" else ""
         why = "is down" if not flags & IFF_UP else "has no carrier" if not flags & IFF_LOWER_UP else dormant
         trouble, four, six = why and f"{name} {why}", "", ""
+        if flags & (IFF_NOARP | IFF_LOOPBACK) or len(mac) != 6:
+            trouble = f"{name} does not speak ARP, by which clients find an IP: set arp on, or name another interface"
         master = names.get(int.from_bytes(more.get(IFLA_MASTER, b""), sys.byteorder))
         kind = attributes(more.get(IFLA_LINKINFO, b"")).get(IFLA_INFO_SLAVE_KIND)
         if master and kind != b"vrf\0":  # a port of a bridge, bond, team or OVS hands all frames to its master
@@ -1562,11 +1568,20 @@ class Network:
         ignore = max(_sysctl(f"ipv4/conf/{each}/arp_ignore") or "0" for each in ("all", name))  # the higher counts
         if ignore == "8" or (ignore == "2" and 4 not in own):  # 2: only who is in a subnet of ours is answered (tried)
             four = f"arp_ignore is {ignore}, no client is answered: set it to 1 for all and {name}"
+        strict = [
+            key
+            for key in ("rp_filter", "arp_filter")
+            for each in ("all", name)
+            if _sysctl(f"ipv4/conf/{each}/{key}") == "1"
+        ]
+        if strict and 4 not in own and not any("." in gateway for gateway in self.gateways()):  # clients are elsewhere
+            four = (
+                f"{strict[0]} is 1, and {name} has no IPv4 address: no client is answered: give it one, or set it to 0"
+            )
         if off != "0":
             remedy = "set disable_ipv6 to 0" if off else "by ipv6.disable, or an MTU below 1280"
             six = f"IPv6 is switched off on {name}: {remedy}"
-        arp = not trouble and not flags & IFF_NOARP and len(mac) == 6
-        return Link(self._index, mac, not why, arp, trouble, four, six)
+        return Link(self._index, mac, not why, not trouble, trouble, four, six)
 
     def _bound(self) -> Iterator[tuple[int, Address, bool, int]]:
         """Index, address, whether it is tagged as ours, lifetime, on all interfaces: by index it is torn unseen."""
@@ -2910,10 +2925,10 @@ class Agent:
         vip.hear(heard, known, fresh, now)
         if news or vip.bound or heard.kind in (Kind.GIVE, Kind.WANT):
             self.news(heard.address)
-        if fresh and vip.bound and heard.kind is Kind.CLAIM:  # who has one of our addresses may have them all
+        if fresh and vip.bound and heard.kind is Kind.CLAIM and self.wire.claims_anew(heard.mac, now):
             others = (each for each in self.vips.values() if each.bound and each is not vip)
             unsure = [each.vip.address for each in others if each.lock(now).lock is not Lock.MINE]
-            for address in unsure:
+            for address in unsure:  # who has one of our addresses may have them all
                 if self.wire.view(address, now).heard > TICK:
                     self.wire.say(Kind.ASK, address)
 
@@ -2935,7 +2950,7 @@ class Agent:
         """What the operator names, the gateways on this interface, and other contenders' own addresses."""
         found = [*self.config.witness_addresses, *(self.network.gateways() if self.kernel.link.number else ())]
         found += sorted(address for record in self.peers.values() for address in record.addresses)
-        if self.wire.witnesses(each for each in found if each not in self.kernel.foreign):
+        if self.wire.witnesses(each for each in found if each not in self.kernel.foreign and each not in self.vips):
             self.loop.tick_at = -math.inf  # to meet them, once the kernel lets their answers through
 
     def _record(self) -> Record:
@@ -3210,11 +3225,16 @@ class Api(Agent):
         met = self.wire.met_witness() or not self.wire.known()
         slow = "" if met else "no witness has answered: name one on this network in `witnesses`"
         slow = slow if self.config.probe_count else "probe_count is 0: a dead holder is found by its session"
-        trouble, lost = self.kernel.link.trouble or self.kernel.error, "ZooKeeper is lost" * (referee.state == "lost")
-        wrong = [trouble, lost, referee.refused, slow, self.store.trouble, self.notices.trouble]
+        link, lost = self.kernel.link, "ZooKeeper is lost" * (referee.state == "lost")
+        trouble = link.trouble or self.kernel.error
+        of_family = {4: link.trouble4, 6: link.trouble6}
+        wrong = [trouble, lost, referee.refused, *{of_family[vip.vip.ip.version] for vip in self.vips.values()}]
+        wrong += [self.hears_nobody] if self.wire.deaf(self.loop.now, ()) > TICK else []
+        twins = [host for host, record in self.peers.items() if record.mac == link.mac.hex(":") != ""]
+        wrong += [f"{twins[0]} has this host's MAC {link.mac.hex(':')}: give one of them its own"] if twins else []
         return {
-            "healthy": not (trouble or lost or referee.refused),
-            "trouble": [*filter(None, wrong)],
+            "healthy": not any(wrong),
+            "trouble": [*filter(None, [*wrong, slow, self.store.trouble, self.notices.trouble])],
             "hostname": self.config.hostname,
             "since": self.loop.since,
             "interface": trouble or "up",
@@ -3829,6 +3849,8 @@ def _wrong_values(c: Config) -> Iterator[tuple[str, Any]]:
     yield "probe_count", blind and "without zookeeper the wire decides: set it, or use 2 or more"
     scoped = [witness for witness in c.witness_addresses if "%" in witness]
     yield "witnesses", scoped and f"{scoped[0]}: leave out the scope, it is the interface"
+    own = [witness for witness in c.witness_addresses if witness in [vip.address for vip in c.virtual_ips]]
+    yield "witnesses", own and f"{own[0]} is one of ips, and proves nothing; name an address of somebody else"
     alone = c.at_most_one and not c.zookeeper
     yield "promise", alone and "at-most-one needs ZooKeeper; set zookeeper, or use at-least-one"
     names = [vip.address for vip in c.virtual_ips]
@@ -3859,6 +3881,10 @@ def _typed(option: Any, value: Any) -> Any:
     with contextlib.suppress(ValueError, OverflowError):
         if kind is list and isinstance(value, list):
             return value
+        if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+            raise ConfigError(
+                f"{option.name}: {value!r} is a number to YAML, maybe not as you wrote it; put it into quotes"
+            )
         scalar = isinstance(value, str | int | float) and not isinstance(value, bool) and kind is not list
         if scalar and (kind is not int or float(value) == int(float(value))):
             return kind(value if kind is str else float(value))
@@ -3894,8 +3920,10 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     return [f"{name} in the environment is no key, and ignored; see link.py --help for the keys" for name in names]
 
 
-def make_config(file: Mapping[str, Any], environ: Mapping[str, str], flags: Mapping[str, Any]) -> Config:
-    """Defaults < file < LINK_* environment < flags, validated. Raises ConfigError."""
+def make_config(
+    file: Mapping[str, Any], environ: Mapping[str, str], flags: Mapping[str, Any], api: bool = True
+) -> Config:
+    """Defaults < file < LINK_* environment < flags, validated; `api`: its certificate, too. Raises ConfigError."""
     from_environ = {key: environ[name] for name, key in KEYS.items() if name in environ}
     given = dict[str, Any]()
     for source in (file, from_environ, flags):
@@ -3907,7 +3935,7 @@ def make_config(file: Mapping[str, Any], environ: Mapping[str, str], flags: Mapp
     for key, wrong in _wrong_values(config):
         if wrong:
             raise ConfigError(f"{key}: {wrong}")
-    tls_context(config), tls_context(config, "zookeeper_")
+    tls_context(config, "zookeeper_"), api and tls_context(config)
     return config
 
 
@@ -3978,9 +4006,17 @@ def load(argv: Sequence[str]) -> tuple[Config, bool]:
         group.add_argument("--" + option.name.replace("_", "-"), metavar="VALUE", help=text.replace("%", "%%"))
     for key in REMOVED:  # understood, to be refused with the remedy
         group.add_argument("--" + key.replace("_", "-"), help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    path = args.config or ("/etc/link/link.yml" if Path("/etc/link/link.yml").exists() else "")
-    return make_config(read_config(path) if path else {}, os.environ, vars(args)), args.check
+    args, path = parser.parse_args(argv), config_path(argv)
+    file = read_config(path) if path else {}
+    return make_config(file, os.environ, vars(args), args.check), args.check  # a start serves the IPs without its API
+
+
+def config_path(argv: Sequence[str]) -> str:
+    """The configuration file; '' where there is none."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config")
+    default = "/etc/link/link.yml"
+    return parser.parse_known_args(argv)[0].config or (default if Path(default).exists() else "")
 
 
 def check(config: Config) -> None:
@@ -3996,10 +4032,11 @@ def check(config: Config) -> None:
     except PermissionError as error:  # to whoever checks; the agent may be another user
         warnings += [f"{config.state_dir}: was not looked at ({error})"]
     try:
-        trouble = Network(config.interface).sync(listen=False)[0].trouble
+        link = Network(config.interface).sync(listen=False)[0]
+        found = [link.trouble, link.trouble4, link.trouble6 * any(vip.ip.version == 6 for vip in config.virtual_ips)]
     except OSError as error:
-        trouble = f"was not looked at ({error})"
-    warnings += [f"{config.interface}: {trouble}"] if trouble else []  # the interface may come later
+        found = [f"was not looked at ({error})"]
+    warnings += [f"{config.interface}: {trouble}" for trouble in found if trouble]  # the interface may come later
     if config.on_change.startswith("/") and not os.access(config.on_change, os.X_OK):
         warnings.append("on_change: there is no such program, or it may not be executed")
     for warning in warnings:
@@ -4007,14 +4044,19 @@ def check(config: Config) -> None:
     print("configuration OK")
 
 
-def lock(config: Config) -> list[int | None]:
+def lock(config: Config, but: Config | None = None) -> list[int | None]:
     """State directory and interface (each network namespace has its own of that name), until this process ends.
 
     None for what cannot be locked; raises BlockingIOError where another agent has it. flock(2) on files that nobody
-    else may open, in directories of our own: any user could bind an abstract socket's name.
+    else may open, in directories of our own: any user could bind an abstract socket's name. `but`: but for its.
     """
+
+    def files(config: Config) -> list[Path]:
+        namespace = os.stat("/proc/self/ns/net").st_ino
+        return [Path(config.state_dir, "lock"), RUN / f"{config.interface}.{namespace}"]
+
     locks = list[int | None]()
-    for path in (Path(config.state_dir, "lock"), RUN / f"{config.interface}.{os.stat('/proc/self/ns/net').st_ino}"):
+    for path in [file for file in files(config) if not but or file not in files(but)]:
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             file = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -4028,32 +4070,62 @@ def lock(config: Config) -> list[int | None]:
     return locks
 
 
-def upgrade(agent: Agent, argv: Sequence[str], clients: Mapping[Any, float]) -> None:
-    """SIGHUP: prove the new file and configuration in a child process, then execute it in place of this one."""
-    command = [sys.executable, os.path.abspath(__file__), *argv]
+class Upgrade:
+    """SIGHUP: prove the new program and configuration in a child process, then execute them in place of this one.
 
-    def prove() -> None:
-        status = 127
+    One proof at a time. What has changed since, or was asked for again, is proven anew: nothing unproven is executed.
+    """
+
+    def __init__(self, agent: Agent, argv: Sequence[str], clients: Mapping[Any, float]) -> None:
+        self._agent, self._argv, self._clients = agent, argv, clients
+        self._command = [sys.executable, os.path.abspath(__file__), *argv]
+        self._asked = self._proves = False
+
+    def ask(self) -> None:
+        """Loop thread only."""
+        self._asked = True
+        if not self._proves:
+            self._proves, self._asked = True, False
+            notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            threading.Thread(target=self._prove, daemon=True).start()
+
+    def _files(self) -> list[bytes]:
+        paths = [self._command[1], *(path for path in [config_path(self._argv)] if path)]
         with contextlib.suppress(OSError):
-            child = os.posix_spawn(sys.executable, [*command, "--check"], os.environ)
-            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        agent.post(proven, status, agent.clock.now() + 3)
+            return [Path(path).read_bytes() for path in paths]
+        return []
 
-    def proven(status: int, deadline: float) -> None:
-        now = agent.clock.now()
-        if status:
-            log.error("reload: the new program or configuration is wrong (exit code %d): going on as before", status)
-            notify("READY=1")
-        elif (agent.busy() or math.inf in [*clients.values()]) and now < deadline:  # they get an answer
+    def _prove(self) -> None:
+        status, files = 127, self._files()
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            status = subprocess.run([*self._command, "--check"], timeout=3 * LONG, check=False).returncode
+        try:
+            for held in lock(load(self._argv)[0], but=self._agent.config) if not status else ():
+                if held is not None:
+                    os.close(held)
+        except BlockingIOError:
+            status = 3
+        except Exception as error:  # the new program may understand what this one does not
+            log.debug("reload: %s", error)
+        self._agent.post(self._proven, status, files, self._agent.clock.now() + 3)
+
+    def _proven(self, status: int, files: list[bytes], deadline: float) -> None:
+        agent, now = self._agent, self._agent.clock.now()
+        if not status and (agent.busy() or math.inf in [*self._clients.values()]) and now < deadline:
             if now > deadline - TICK:
                 agent.refuse("restarting")
-            threading.Timer(LINGER, agent.post, (proven, status, deadline)).start()
+            again = threading.Timer(LINGER, agent.post, (self._proven, status, files, deadline))  # they get an answer
+            return again.start()
+        self._proves = False
+        if self._asked or files != self._files():
+            self.ask()
+        elif status:
+            why = "another agent has that interface or state_dir" if status == 3 else f"exit code {status}"
+            log.error("reload: the new program or configuration is wrong (%s): going on as before", why)
+            notify("READY=1")
         elif agent.stopping is None:
-            log.info("reload: executing %s", command[1])
-            agent.execute = lambda: os.execv(sys.executable, command)
-
-    notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-    threading.Thread(target=prove, daemon=True).start()
+            log.info("reload: executing %s", self._command[1])
+            agent.execute = lambda: os.execv(sys.executable, self._command)
 
 
 def serve(config: Config, argv: Sequence[str], written: Callable[[], None]) -> None:
@@ -4072,7 +4144,8 @@ def serve(config: Config, argv: Sequence[str], written: Callable[[], None]) -> N
     clients, stops = dict[Any, float](), list[int]()
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGHUP, lambda *_: agent.post(upgrade, agent, argv, clients))
+    upgrade = Upgrade(agent, argv, clients)
+    signal.signal(signal.SIGHUP, lambda *_: agent.post(upgrade.ask))
     agent.start()
     threading.Thread(target=serve_api, args=(agent, clients), daemon=True, name="http").start()
     log.info("LinK %s on %s: interface %s, API on %s", VERSION, config.hostname, config.interface, config.listen)

@@ -246,6 +246,7 @@ make_interface() {
     if [[ ! -e /sys/class/net/$1 ]]; then
         if ip link add "$1" type dummy 2>/dev/null; then
             kind="a dummy"
+            ip link set "$1" arp on
         else
             ip link add "$1" type veth peer name "$1p"
             kind="a veth pair with $1p (this kernel has no dummy driver)"

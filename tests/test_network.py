@@ -138,11 +138,32 @@ def test_a_port_of_a_bridge_or_a_bond_names_it(one, kind, trouble):
     ],
 )  # fmt: skip
 def test_masters_this_kernel_may_not_have(one, master, kind, expected):
-    more = {link.IFLA_MASTER: struct.pack("i", 7)}
+    more = {link.IFLA_MASTER: struct.pack("i", 7), link.IFLA_ADDRESS: bytes(6)}
     if kind:
         more[link.IFLA_LINKINFO] = struct.pack(f"2H{len(kind)}s0I", 4 + len(kind), link.IFLA_INFO_SLAVE_KIND, kind)
     told = one.network._link(link.IFF_UP | link.IFF_LOWER_UP, more, {7: master}, {}).trouble
     assert told.endswith(expected) and bool(told) == bool(expected)
+
+
+def test_an_interface_without_arp_says_what_to_do_and_so_does_the_loopback(one):
+    ip(A, "link set eth0 arp off")
+    state = one.sync()[0]
+    assert state.trouble.startswith("eth0 does not speak ARP") and "set arp on" in state.trouble and not state.arp
+    ip(A, "link set eth0 arp on")
+    assert one.sync()[0].trouble == ""
+    ip(A, "link set lo up")
+    assert "lo does not speak ARP" in one.inside(lambda: link.Network("lo").sync(listen=False)[0].trouble)
+
+
+@pytest.mark.parametrize("key", ["rp_filter", "arp_filter"])
+def test_a_filter_that_keeps_clients_unanswered_is_told_where_they_are_reached_by_another_card(one, key):
+    set_sysctls(A, {f"ipv4.conf.all.{key}": 1})
+    assert one.sync()[0].trouble4 == ""
+    ip(A, "addr del 10.0.0.1/24 dev eth0")
+    trouble = one.sync()[0].trouble4
+    assert trouble.startswith(f"{key} is 1, and eth0 has no IPv4 address") and "set it to 0" in trouble
+    set_sysctls(A, {f"ipv4.conf.all.{key}": 0, f"ipv4.conf.eth0.{key}": 0})
+    assert one.sync()[0].trouble4 == ""
 
 
 def test_ipv6_that_is_off_is_named_and_concerns_ipv6_only(one):
@@ -203,7 +224,9 @@ def test_an_interface_made_anew_is_found_also_with_the_same_index(lan, same):
     number = one.sync()[0].number
     ip(A, "link del eth0")
     if not same:
-        assert one.sync() == (link.Link(), {}, {}) and len(one.network.files()) == 1
+        state, *rest = one.sync()
+        assert state.trouble.startswith("eth0 does not exist: ") and state.number == 0
+        assert rest == [{}, {}] and len(one.network.files()) == 1
         one.network.send([b"x" * 60]), one.network.remove(VIP4)  # no error
     index = f"index {number} " if same else ""
     made = f"link add eth0 {index}address 02:00:00:00:aa:01 type veth peer name port1 netns {SWITCH}"

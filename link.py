@@ -148,7 +148,7 @@ class HealthCheck:
     path: str = "/"
 
     def __str__(self) -> str:
-        return f"{self.type} {self.host}:{self.port}{self.path[:60] if self.type == 'HTTP' else ''}"
+        return f"{self.type} {self.host}:{self.port}{self.path.partition('?')[0][:60] * (self.type == 'HTTP')}"
 
     @classmethod
     def parse(cls, raw: Any) -> HealthCheck:
@@ -758,8 +758,9 @@ class Wire:
 
     def claims_anew(self, mac: bytes, now: float) -> bool:
         """Another host claims an IP that is bound here: whether it has claimed none for a second."""
-        last, self._others[Kind.CLAIM, mac] = self._others.get((Kind.CLAIM, mac), -math.inf), now
-        return now - last > TICK
+        if anew := now - self._others.get((Kind.CLAIM, mac), -math.inf) > TICK:
+            self._others[Kind.CLAIM, mac] = now
+        return anew
 
     # -- what comes in
 
@@ -1001,6 +1002,7 @@ class _Place:
     heeded: bool = False  # `want` was decided after the last listing
     busy: bool = False  # one request at a time
     refused: float = math.inf  # since when it cannot be listed, or joined
+    why: str = ""
     not_before: float = -math.inf  # after a refusal
 
     def at(self, session: int) -> int:
@@ -1079,7 +1081,7 @@ class Referee:
     @property
     def refused(self) -> str:
         """What ZooKeeper refuses, in words."""
-        return "; ".join(filter(None, self._wrong.values()))
+        return "; ".join(filter(None, [*self._wrong.values(), *{place.why for place in self._places.values()}]))
 
     def age(self, now: float) -> float:
         """Of the leader's last word, in seconds."""
@@ -1209,14 +1211,15 @@ class Referee:
         sent, call = self._out.pop(ticket, (0.0, ""))
         if not call or name in _NO_ANSWER:  # or of an earlier connection
             return
-        refused, where = name not in ("", *_ORDINARY), place.path if place else self._config.ensemble[1]
-        why = f"ZooKeeper refuses {call} in {where}: {name}; see zookeeper_auth, and that node's ACL and quota"
-        self._refuse(call, why if refused else "")
+        refused = name not in ("", *_ORDINARY)
         if not refused and call not in ("get", "get_children"):
             self._confirmed = max(self._confirmed, sent)  # the leader has spoken
         if place:
             place.busy = False
         if place and refused:  # nothing is known; again later
+            place.why = f"ZooKeeper refuses {call} in {place.path}: {name}; see zookeeper_auth, its ACL and quota"
+            if self._now() - place.not_before > 2 * TICK:  # else it goes on
+                log.error("%s", place.why)
             place.stale, place.not_before, place.refused = True, self._now() + TICK, min(place.refused, sent)
         elif then:
             then(place, answer, sent)
@@ -1334,11 +1337,10 @@ class Referee:
         if isinstance(answer, Exception) and place.want is not Want.GONE:  # a watch needs a directory
             return self._ask(place, "create", place.path, makepath=True)
         children, known = [] if isinstance(answer, Exception) else answer, place.listed > -math.inf
-        place.listed = sent
+        place.listed, queue = sent, _queue(children, self._hosts.owners)
+        if place.want not in (Want.IN, Want.FIRST) or self._own in [c.session for c in queue]:
+            place.refused, place.why = math.inf, ""  # else it is not known that we may join it
         if place is not self._hosts:
-            queue = _queue(children, self._hosts.owners)
-            if place.want not in (Want.IN, Want.FIRST) or self._own in [c.session for c in queue]:
-                place.refused = math.inf  # else it is not known that we may join it
             if not (known and place.heeded and queue == place.queue):  # else it is what was decided on
                 place.queue, place.heeded = queue, False
                 self._news(place.address)
@@ -1568,16 +1570,6 @@ class Network:
         ignore = max(_sysctl(f"ipv4/conf/{each}/arp_ignore") or "0" for each in ("all", name))  # the higher counts
         if ignore == "8" or (ignore == "2" and 4 not in own):  # 2: only who is in a subnet of ours is answered (tried)
             four = f"arp_ignore is {ignore}, no client is answered: set it to 1 for all and {name}"
-        strict = [
-            key
-            for key in ("rp_filter", "arp_filter")
-            for each in ("all", name)
-            if _sysctl(f"ipv4/conf/{each}/{key}") == "1"
-        ]
-        if strict and 4 not in own and not any("." in gateway for gateway in self.gateways()):  # clients are elsewhere
-            four = (
-                f"{strict[0]} is 1, and {name} has no IPv4 address: no client is answered: give it one, or set it to 0"
-            )
         if off != "0":
             remedy = "set disable_ipv6 to 0" if off else "by ipv6.disable, or an MTU below 1280"
             six = f"IPv6 is switched off on {name}: {remedy}"
@@ -1919,7 +1911,7 @@ class Story:
 class Notices:
     """Tells `on_change` of each change, one after the other, in a thread of its own: nobody waits for it.
 
-    A URL gets a POST, three times at most; a program is called once, and has half of LONG.
+    A URL gets a POST, three times at most; a program is called once, and has half of LONG, as has each answer.
     """
 
     MOST = 10000  # that wait; more are dropped, and counted
@@ -1938,6 +1930,11 @@ class Notices:
                 self._pool.submit(self._work, json.dumps(change).encode(), change)
         elif self._target:
             self._told(f"more than {self.MOST} changes wait", 0)
+
+    def end(self) -> None:
+        """The process ends."""
+        if self.waiting:
+            log.warning("on_change: changes that nobody was told of: %d", self.waiting)
 
     def _work(self, body: bytes, change: Mapping[str, Any]) -> None:
         trouble, web = "", "://" in self._target
@@ -1959,10 +1956,10 @@ class Notices:
         self.trouble = trouble
 
     def _send(self, body: bytes) -> str:
-        """'' or what is wrong. Raises OSError (also for a status that is none of 2xx), HTTPException."""
+        """'' or what is wrong. Raises OSError (also for a status that is none of 2xx, 3xx), HTTPException."""
         fields = {"Content-Type": "application/json", "User-Agent": f"LinK/{VERSION}"}
-        urllib.request.urlopen(urllib.request.Request(self._target, body, fields), timeout=LONG / 2).close()
-        return ""
+        with urllib.request.urlopen(urllib.request.Request(self._target, body, fields), timeout=LONG / 2) as answer:
+            return "" if answer.url == self._target else "it sends elsewhere: name the URL where it ends"
 
     def _call(self, body: bytes, change: Mapping[str, Any]) -> str:
         """As _send(). The program has the change on stdin and as LINK_*, and none of the agent's secrets."""
@@ -2112,7 +2109,7 @@ class Vip:
         while (decision := decide_(self.state, facts)).event is not None:
             self._enter(decision.event, decision.reason, now)
         if self.state is State.FAILING and facts.rank < math.inf:  # from the start: no event has led to it
-            self.agent.tell(self, Event.HEALTH_CHECK_FAIL, self.trouble(now))
+            self.agent.tell(self, Event.HEALTH_CHECK_FAIL, self.trouble(now) or self.agent.hears_nobody)
         trouble = self.trouble(now) or ("" if facts.fit else self.agent.hears_nobody)
         self.reason = f"{decision.reason} ({trouble})" if trouble else decision.reason
         if self.bound and not decision.wanted and lock.lock is Lock.WAITING:
@@ -2391,14 +2388,14 @@ def show(vip: Vip, now: float) -> dict[str, Any]:
 ################################################################################
 
 JOURNAL = 1000  # lines of ips.journal after which ips.json is written anew
-HISTORY_SIZE = 4 << 20  # bytes, after which the file `history` begins anew; the one before is kept
+HISTORY_SIZE = 4 << 20  # bytes, at least, after which the file `history` is written anew
 _private = functools.partial(os.open, mode=0o600)
 
 
 class Store:
     """`ips.json`, `ips.journal` (what the operator added; never silently lost); `session.json` (what a restart adopts).
 
-    `history` and `history.old` are for people, a line for each change of an IP's state.
+    `history` is for people, a line for each change of an IP's state.
 
     Written by a thread of its own, one thing after the other: a disk may stall, and the loop must not. The session is
     bound to this host and this boot: a copied directory gives none away. `trouble`: why it could not be written, or ''.
@@ -2410,6 +2407,7 @@ class Store:
         self._entries: dict[str, VirtualIP | Any] = {}  # by address; what cannot be parsed: as it is, maybe by its text
         self._lines: int | None = None  # of the journal; None: to be begun anew
         self._changes: deque[tuple[str, Mapping[str, Any] | None]] = deque()  # to be written
+        self._most = HISTORY_SIZE
         self._session, self._disk, self._saved = b"", ThreadPoolExecutor(1, "disk"), Future[bool]()
         self._saved.set_result(True)
 
@@ -2490,7 +2488,7 @@ class Store:
         """The last changes of each IP, by address; what cannot be read is left out."""
         history = dict[str, list[dict[str, Any]]]()
         with contextlib.suppress(OSError):
-            for line in self._read("history.old", b"").splitlines() + self._read("history", b"").splitlines():
+            for line in self._read("history", b"").splitlines():
                 with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
                     address, change = json.loads(line)
                     if change is None:
@@ -2502,15 +2500,18 @@ class Store:
     def save_change(self, address: str, change: Mapping[str, Any] | None) -> None:
         """Remember a change, or (None) forget all of this address. Best effort and soon; nobody waits for it."""
         self._changes.append((address, change))
-        if len(self._changes) == 1:  # else who writes the first one will find it
-            self._disk.submit(self._write_changes)
+        self._disk.submit(self._write_changes)
 
     def _write_changes(self) -> None:
-        with contextlib.suppress(OSError), open(self._dir / "history", "ab", opener=_private) as file:
-            while self._changes:
-                file.write(json.dumps(self._changes.popleft()).encode() + b"\n")
-            if file.tell() > HISTORY_SIZE:
-                (self._dir / "history").replace(self._dir / "history.old")
+        with contextlib.suppress(OSError):
+            with open(self._dir / "history", "ab", opener=_private) as file:
+                while self._changes:  # a torn line before it takes none along
+                    file.write(b"\n" + json.dumps(self._changes.popleft()).encode())
+                size = file.tell()
+            if size > self._most:  # anew, with what counts
+                lines = [json.dumps([ip, change]) for ip, changes in self.load_history().items() for change in changes]
+                self._write("history", "\n".join(lines).encode(), sync=False)
+                self._most = max(HISTORY_SIZE, 2 * sum(map(len, lines)))
 
     def load_session(self) -> dict[str, Any]:
         """What the last process of this host left; empty where it is another host's, another boot's, or unreadable."""
@@ -2904,7 +2905,8 @@ class Agent:
     def tell(self, vip: Vip, event: Event, why: str) -> None:
         """Of a change of state, unless an earlier process has: after a restart all is found as it was."""
         if vip.state.value != vip.story.told:
-            by = vip.orders[0].by if vip.orders else "SIGTERM" if vip.intent is Intent.STOP else None
+            ordered = vip.orders and event in (Event.ELECTED, Event.FAULT, Event.DEMOTED)
+            by = vip.orders[0].by if ordered else "SIGTERM" if vip.intent is Intent.STOP else None
             change = vip.story.change(self.clock.stamp(digits="milliseconds"), vip.state, event, why, by)
             self.store.save_change(vip.vip.address, change)
             self.notices.tell({"host": self.config.hostname, "ip": vip.vip.address, **change})
@@ -3063,6 +3065,7 @@ class Agent:
     def _stopped(self) -> bool:
         now = self.loop.now
         if self.execute is not None:
+            self.notices.end()
             self.refuse("restarting")
             return True
         if self.stopping is None:
@@ -3076,8 +3079,7 @@ class Agent:
         for vip in left:
             log.warning("vip=%s stays bound here: no other host can take it", vip.vip.ip)
             self.wire.announce(vip.vip.address, ask=False)  # clients may follow one that took it, and stops, too
-        if self.notices.waiting:
-            log.warning("on_change: changes that nobody was told of: %d", self.notices.waiting)
+        self.notices.end()
         self.refuse("stopping")
         self.save()
         self.referee.stop(max(ANSWER, min(2 * TICK, self.stopping - now)))
@@ -3229,7 +3231,7 @@ class Api(Agent):
         trouble = link.trouble or self.kernel.error
         of_family = {4: link.trouble4, 6: link.trouble6}
         wrong = [trouble, lost, referee.refused, *{of_family[vip.vip.ip.version] for vip in self.vips.values()}]
-        wrong += [self.hears_nobody] if self.wire.deaf(self.loop.now, ()) > TICK else []
+        wrong += [self.hears_nobody] if any(self.hears_nobody in vip.reason for vip in self.vips.values()) else []
         twins = [host for host, record in self.peers.items() if record.mac == link.mac.hex(":") != ""]
         wrong += [f"{twins[0]} has this host's MAC {link.mac.hex(':')}: give one of them its own"] if twins else []
         return {
@@ -3243,6 +3245,7 @@ class Api(Agent):
             "zookeeper": {"state": referee.state, "session_timeout": timeout, "refused": referee.refused or None},
             "state_dir": self.store.trouble or "written",
             "on_change": self.notices.trouble or ("told" if self.config.on_change else "nobody is told"),
+            "on_change_waiting": self.notices.waiting,
             "ips": counts,
         }
 
@@ -3358,7 +3361,7 @@ table { border-collapse: collapse; width: 100% } td td { background: #8881; font
 th, td { text-align: left; vertical-align: top; padding: .4rem .7rem .4rem 0; border-bottom: 1px solid var(--line) }
 .ACTIVATED { color: var(--good) } .ACTIVATED, .FAILING { font-weight: 600 } button { font: inherit; cursor: pointer }
 td:first-child button { border: 0; padding: 0; background: none; color: inherit; text-decoration: underline dotted }
-</style></head><body><h1>LinK</h1><p id="health" role="status">asks the agent</p><p id="news" role="alert"></p><table>
+</style></head><body><h1>LinK</h1><p id="health">asks the agent</p><p id="news" role="alert"></p><table>
 <thead><tr id="head"></tr></thead><tbody id="ips"></tbody></table><script>
 const rows = new Map(), find = id => document.getElementById(id), make = tag => document.createElement(tag)
 const put = (node, text) => { if (node.textContent !== text) node.textContent = text; return node }
@@ -3403,8 +3406,8 @@ async function show(ip) {
   row.move.ariaLabel = `${words(ip)}: ${ip.ip}`
   row.name.ariaExpanded = !row.past.hidden
   if (row.past.hidden) return
-  const table = make("table"), past = (await ask(`/ips/${ip.id}`)).ip.history.reverse()
-  const told = past.map(was => [utc(was.time), `${was.from} → ${was.to}`, was.event, was.reason, was.by || ""])
+  const table = make("table"), {ip: {history: past}} = await ask(`/ips/${ip.id}`)
+  const told = past.reverse().map(was => [utc(was.time), `${was.from} → ${was.to}`, was.event, was.reason, was.by])
   for (const texts of [["Latest first (UTC)", "Change", "Event", "Why", "Ordered by"], ...told])
     table.insertRow().append(...texts.map(text => put(make("td"), text)))
   row.past.cells[0].replaceChildren(table)
@@ -3417,7 +3420,7 @@ async function refresh() {
     find("health").className = health.healthy ? "" : "bad"
     put(find("health"), `As ${host} knows it at ${seen} UTC. ${health.trouble.join("; ") || "Nothing is wrong here"}.`)
     put(find("head").cells[3], `On ${host}`)
-    await Promise.all(ips.map(show))
+    await Promise.allSettled(ips.map(show))
     for (const [id, {ip, line, past}] of rows) ips.includes(ip) || [line.remove(), past.remove(), rows.delete(id)]
     if (find("news").textContent.startsWith("No answer")) put(find("news"), "The agent answers again")
   } catch (error) {
@@ -3775,9 +3778,15 @@ class Config:
     def notified(self) -> str:
         """`on_change`. Raises ValueError where it is neither a URL nor a path."""
         url = urllib.parse.urlsplit(self.on_change)
-        web = url.scheme in ("http", "https") and url.hostname and url.port != 0 and "@" not in url.netloc
+        web = (
+            url.scheme in ("http", "https")
+            and url.hostname
+            and url.port != 0
+            and not re.search(r"\s", self.on_change)
+            and "@" not in url.netloc
+        )
         if self.on_change[:1] not in ("", "/") and not web:
-            raise ValueError("use http[s]://HOST[:PORT]/PATH, with no user in it, or the whole path of a program")
+            raise ValueError("use http[s]://HOST[:PORT]/PATH, with no user or space, or the whole path of a program")
         return self.on_change
 
     @property
@@ -4084,7 +4093,7 @@ class Upgrade:
     def ask(self) -> None:
         """Loop thread only."""
         self._asked = True
-        if not self._proves:
+        if not self._proves and self._agent.stopping is None:
             self._proves, self._asked = True, False
             notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             threading.Thread(target=self._prove, daemon=True).start()
@@ -4177,15 +4186,17 @@ def status(argv: Sequence[str]) -> int:
         if config.tls_cert:  # it is this host's own, whatever name it has
             context.load_verify_locations(config.tls_cert)
             context.check_hostname = False
+            context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # whoever has signed it
     for wait in (0.0, TICK):  # while an IP moves it is on two hosts for a moment
         threading.Event().wait(wait)
-        rows, wrong = read_status(fetch(f"{url}/health", context), fetch(f"{url}/ips", context)["ips"])
+        health = fetch(f"{url}/health", context)
+        rows, wrong = read_status(fetch(f"{url}/ips", context)["ips"])
         if not wrong:
             break
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
-    print(*wrong or ["all is well"], sep="\n")
+    print(*[f"{health['hostname']}: {each}" for each in health["trouble"]] + wrong or ["all is well"], sep="\n")
     return bool(wrong)
 
 
@@ -4203,13 +4214,14 @@ def fetch(url: str, context: ssl.SSLContext) -> Any:
             raise
         answer = error
     with answer:
-        return json.load(answer)
+        if "error" in (got := json.load(answer)):
+            raise OSError(f"{to.hostname}: {got['error']}")
+        return got
 
 
-def read_status(health: Mapping[str, Any], ips: Iterable[Mapping[str, Any]]) -> tuple[list[list[str]], list[str]]:
+def read_status(ips: Iterable[Mapping[str, Any]]) -> tuple[list[list[str]], list[str]]:
     """The rows of the table, and what is wrong."""
-    rows = [["IP", "HOLDER", "QUEUE", "HERE", "SINCE", "WHY"]]
-    wrong = [f"{health['hostname']}: {each}" for each in health["trouble"]]
+    rows, wrong = [["IP", "HOLDER", "QUEUE", "HERE", "SINCE", "WHY"]], list[str]()
     for ip in ips:
         other = ip["wire"]["mac"] if ip["wire"]["state"] == "answered" else None
         here = ip["status"] + ", bound" * ip["bound"]

@@ -155,17 +155,6 @@ def test_an_interface_without_arp_says_what_to_do_and_so_does_the_loopback(one):
     assert "lo does not speak ARP" in one.inside(lambda: link.Network("lo").sync(listen=False)[0].trouble)
 
 
-@pytest.mark.parametrize("key", ["rp_filter", "arp_filter"])
-def test_a_filter_that_keeps_clients_unanswered_is_told_where_they_are_reached_by_another_card(one, key):
-    set_sysctls(A, {f"ipv4.conf.all.{key}": 1})
-    assert one.sync()[0].trouble4 == ""
-    ip(A, "addr del 10.0.0.1/24 dev eth0")
-    trouble = one.sync()[0].trouble4
-    assert trouble.startswith(f"{key} is 1, and eth0 has no IPv4 address") and "set it to 0" in trouble
-    set_sysctls(A, {f"ipv4.conf.all.{key}": 0, f"ipv4.conf.eth0.{key}": 0})
-    assert one.sync()[0].trouble4 == ""
-
-
 def test_ipv6_that_is_off_is_named_and_concerns_ipv6_only(one):
     set_sysctls(A, {"ipv6.conf.eth0.disable_ipv6": 1})
     state, _, own = one.sync()

@@ -1539,7 +1539,7 @@ class Network:
         """
         found = self._netlink.ask(RTM_GETLINK, NLM_F_DUMP, bytes(16), {IFLA_EXT_MASK: RTEXT_FILTER_SKIP_STATS})
         links = {i: (flags, attributes(body, 16)) for body in found for i, flags in [struct.unpack_from("iI", body, 4)]}
-        names = {index: more[IFLA_IFNAME].rstrip(b"\0").decode() for index, (_, more) in links.items()}
+        names = {index: more[IFLA_IFNAME].rstrip(b"\0").decode(errors="replace") for index, (_, more) in links.items()}
         self._macs = {more.get(IFLA_ADDRESS, b"") for _, more in links.values()}
         index = self._index if self._index in links else next((i for i in names if names[i] == self._interface), 0)
         name = names.get(index, self._interface)
@@ -1921,6 +1921,7 @@ class Notices:
         self._pool = ThreadPoolExecutor(1, "notices")  # begins with the first one, when no signal is blocked any more
         self.waiting = self.sent = self.lost = 0
         self.trouble = ""  # of the last one
+        self._child: subprocess.Popen[bytes] | None = None
 
     def tell(self, change: Mapping[str, Any]) -> None:
         """Loop thread only; never waits."""
@@ -1932,9 +1933,12 @@ class Notices:
             self._told(f"more than {self.MOST} changes wait", 0)
 
     def end(self) -> None:
-        """The process ends."""
+        """The process ends, or executes another program: a child would be nobody's."""
         if self.waiting:
             log.warning("on_change: changes that nobody was told of: %d", self.waiting)
+        with contextlib.suppress(OSError):
+            if self._child and self._child.returncode is None:
+                os.killpg(self._child.pid, signal.SIGKILL)
 
     def _work(self, body: bytes, change: Mapping[str, Any]) -> None:
         trouble, web = "", "://" in self._target
@@ -1968,6 +1972,7 @@ class Notices:
         pipe, null = subprocess.PIPE, subprocess.DEVNULL
         with subprocess.Popen([self._target], stdin=pipe, stdout=null, env=env, start_new_session=True) as child:
             try:
+                self._child = child
                 child.communicate(body, LONG / 2)
             except subprocess.TimeoutExpired:
                 os.killpg(child.pid, signal.SIGKILL)
@@ -2490,10 +2495,12 @@ class Store:
         with contextlib.suppress(OSError):
             for line in self._read("history", b"").splitlines():
                 with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
-                    address, change = json.loads(line)
+                    host, address, change = json.loads(line)
+                    if host != self.identity[0]:
+                        continue  # a copy
                     if change is None:
                         del history[address]
-                    elif datetime.fromisoformat(change["time"]) and State(change["to"]):
+                    elif datetime.fromisoformat(f"{change['time'][:19]}Z").tzinfo and State(change["to"]):
                         history[address] = [*history.get(address, ()), change][-HISTORY:]
         return history
 
@@ -2506,10 +2513,11 @@ class Store:
         with contextlib.suppress(OSError):
             with open(self._dir / "history", "ab", opener=_private) as file:
                 while self._changes:  # a torn line before it takes none along
-                    file.write(b"\n" + json.dumps(self._changes.popleft()).encode())
+                    file.write(b"\n" + json.dumps([self.identity[0], *self._changes.popleft()]).encode())
                 size = file.tell()
             if size > self._most:  # anew, with what counts
-                lines = [json.dumps([ip, change]) for ip, changes in self.load_history().items() for change in changes]
+                host, history = self.identity[0], self.load_history()
+                lines = [json.dumps([host, ip, change]) for ip, changes in history.items() for change in changes]
                 self._write("history", "\n".join(lines).encode(), sync=False)
                 self._most = max(HISTORY_SIZE, 2 * sum(map(len, lines)))
 
@@ -4046,7 +4054,8 @@ def check(config: Config) -> None:
     except OSError as error:
         found = [f"was not looked at ({error})"]
     warnings += [f"{config.interface}: {trouble}" for trouble in found if trouble]  # the interface may come later
-    if config.on_change.startswith("/") and not os.access(config.on_change, os.X_OK):
+    program = Path(config.on_change)
+    if config.on_change.startswith("/") and not (program.is_file() and os.access(program, os.X_OK)):
         warnings.append("on_change: there is no such program, or it may not be executed")
     for warning in warnings:
         print(f"link.py: warning: {warning}", file=sys.stderr)
@@ -4190,13 +4199,17 @@ def status(argv: Sequence[str]) -> int:
     for wait in (0.0, TICK):  # while an IP moves it is on two hosts for a moment
         threading.Event().wait(wait)
         health = fetch(f"{url}/health", context)
-        rows, wrong = read_status(fetch(f"{url}/ips", context)["ips"])
+        try:
+            trouble = [f"{health['hostname']}: {each}" for each in health["trouble"]]
+            rows, wrong = read_status(fetch(f"{url}/ips", context)["ips"])
+        except (LookupError, TypeError, AttributeError):
+            raise ValueError("what answers there is no agent of this version: reload it, or name another URL") from None
         if not wrong:
             break
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
-    print(*[f"{health['hostname']}: {each}" for each in health["trouble"]] + wrong or ["all is well"], sep="\n")
+    print(*trouble + wrong or ["all is well"], sep="\n")
     return bool(wrong)
 
 

@@ -145,6 +145,12 @@ def test_masters_this_kernel_may_not_have(one, master, kind, expected):
     assert told.endswith(expected) and bool(told) == bool(expected)
 
 
+def test_a_name_of_another_interface_that_is_no_text_stops_nobody(one):
+    one.inside(lambda: run("ip", "link", "add", b"b\xfcro", "type", "bridge"))
+    assert one.sync()[0].trouble == ""
+    one.inside(lambda: run("ip", "link", "del", b"b\xfcro"))
+
+
 def test_an_interface_without_arp_says_what_to_do_and_so_does_the_loopback(one):
     ip(A, "link set eth0 arp off")
     state = one.sync()[0]

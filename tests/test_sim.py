@@ -728,7 +728,8 @@ class World(link.Clock):
         event = {"eventfd": lambda *_: self.stations.index(self.active), "eventfd_read": lambda _: 0}
         event["eventfd_write"] = lambda number, _: self.stations[number].wake()
         put(mock.patch.multiple(os, fsync=lambda _: None, fdatasync=lambda _: None, **event))
-        put(mock.patch.object(link.log, "level", logging.INFO if VERBOSE else logging.CRITICAL))
+        self._patches.callback(link.log.setLevel, link.log.level)  # not by a patch: loggers remember what is enabled
+        link.log.setLevel(logging.INFO if VERBOSE else logging.CRITICAL)
         return self
 
     def __exit__(self, _: Any, error: BaseException | None, *__: Any) -> None:

@@ -117,6 +117,13 @@ def status(host: Host) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+def met(c: Cluster, vip: str) -> None:
+    """Wait until every standby has heard the holder: only then its silence means something."""
+    holder, others = c.settled(vip, 15)
+    heard = [partial(lambda host: c.show(host, vip)["wire"]["state"] == "answered", host) for host in others]
+    wait_until(lambda: all(each() for each in heard), 15, f"{holder.name} is heard")
+
+
 def told_the_same(c: Cluster, host: Host, vip: str, **change: str) -> dict[str, Any]:
     """Wait for the change; it is in the history, in the notice, in the log, and counted, with the same words."""
 
@@ -155,8 +162,9 @@ def test_moves_a_death_and_a_restart_are_told_everywhere_with_the_same_words(c: 
     assert {host: c.show(host, vip)["history"] for host in c.hosts} == known
     assert [len(notices(host, vip)) for host in c.hosts] == [len(history) for history in known.values()]
     c.mark()
+    met(c, vip)
     holder.power_off()
-    holder, _ = c.settled(vip, among=others)
+    holder, _ = c.settled(vip, 15, among=others)
     told_the_same(c, holder, vip, to="ACTIVATED")
     numbers = metrics(holder)
     assert numbers["link_ip_takeovers_total", vip] == 1 and 0 < numbers["link_ip_gap_seconds", f"{vip},unplanned"] < 1
@@ -171,12 +179,14 @@ def test_a_flap_a_conflict_and_a_lost_zookeeper_are_told_everywhere_with_the_sam
     c.all_serve(10)
     vip, holder, _ = c.held()
     c.mark()
+    met(c, vip)
     holder.unplug()
     failing = told_the_same(c, holder, vip, to="FAILING", event="health_check_fail")
     assert "no carrier" in failing["reason"]
     code, table = status(holder)
     assert code == 1 and f"{vip}/32 is FAILING here" in table and "no carrier" in table
     assert metrics(holder)["link_ip_status", f"{vip},FAILING"] == 1 and metrics(holder)["link_healthy", ""] == 0
+    c.elsewhere(vip, holder, 15)
     holder.mend()
     told_the_same(c, holder, vip, to="STANDBY", event="health_check_success")
     holder, _ = c.settled(vip)
@@ -215,6 +225,7 @@ def test_the_page_shows_a_failover_as_it_happens_moves_the_ip_and_says_when_the_
         name.send_keys(Keys.ENTER)  # as who has no mouse
         wait_until(lambda: "FAILING → STANDBY" in lines(), 10, "its history")
         assert name.get_attribute("aria-expanded") == "true"
+        met(c, vip)
         holder.power_off()
         wait_until(
             lambda: f"{vip}/32 {first.name} " in lines() and "STANDBY → ACTIVATED" in lines(), 15, "the failover"

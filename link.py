@@ -1880,7 +1880,7 @@ class Story:
     """What happened to one IP; the counts are this process's, the history is also its predecessors'."""
 
     history: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=HISTORY))  # as the API shows it
-    since: str = ""  # the last change, or where there is none the start
+    began: str = ""
     events: dict[Event, int] = field(default_factory=lambda: dict.fromkeys(Event, 0))  # that changed the state
     announced: int = 0
     takeovers: int = 0  # from a host that fell silent
@@ -1894,6 +1894,11 @@ class Story:
         """The state that people were last told of; an IP starts in FAILING."""
         return self.history[-1]["to"] if self.history else State.FAILING.value
 
+    @property
+    def since(self) -> str:
+        """Of the last change, or where there is none of the start: ISO 8601, UTC."""
+        return f"{self.history[-1]['time'][:19]}Z" if self.history else self.began
+
     def moved(self, wire: WireView, needed: int) -> None:
         """It is bound here now: for how long it can have been away is told by when it was last heard elsewhere."""
         if wire.heard < math.inf:
@@ -1904,7 +1909,6 @@ class Story:
         entry = {"time": time, "from": self.told, "to": state.value, "event": event.value, "reason": reason, "by": by}
         self.history.append(entry)
         self.events[event] += 1
-        self.since = f"{time[:19]}Z"
         return entry
 
 
@@ -3032,8 +3036,6 @@ class Agent:
     def _manage(self, vip: VirtualIP, state: State = State.FAILING, history: Iterable[dict[str, Any]] = ()) -> Vip:
         adopted = self.kernel.addresses.get(vip.bound, False)
         story = Story(deque(history, HISTORY), self.clock.stamp())
-        if story.history:
-            story.since = story.history[-1]["time"][:19] + "Z"
         self.vips[vip.address] = managed = Vip(self, vip, state if adopted else State.FAILING, adopted, story)
         if adopted:
             log.info("vip=%s found bound: adopted as %s", vip.ip, state.value)
@@ -3316,10 +3318,6 @@ def numbers(address: str, state: State, bound: bool, story: Story, checks: Mappi
 
 def metrics(agent: Api) -> Future[Any]:
     """GET /metrics; who asks writes the numbers down, not the loop."""
-
-    def facts(vip: Vip, _: float) -> Any:
-        return vip.vip.address, vip.state, vip.bound, vip.story, vip.checks.results
-
     health, referee, notices, loop = agent.health(), agent.referee, agent.notices, agent.loop
     ours: list[Sample] = [
         ("build_info", {"host": agent.config.hostname, "version": VERSION, "python": sys.version.split()[0]}, 1),
@@ -3339,7 +3337,10 @@ def metrics(agent: Api) -> Future[Any]:
         ("notices_total", {"result": "lost"}, notices.lost),
         ("notices_waiting", {}, notices.waiting),
     ]
-    return agent.list_ips(facts, lambda vips: functools.partial(write_metrics, ours, vips))
+    return agent.list_ips(
+        lambda vip, _: (vip.vip.address, vip.state, vip.bound, vip.story, vip.checks.results),
+        lambda vips: functools.partial(write_metrics, ours, vips),
+    )
 
 
 def write_metrics(ours: Iterable[Sample], vips: Iterable[Any]) -> Document:
@@ -3568,9 +3569,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise LinkError(
                 403, "no foreign pages", "leave out Origin: in a browser only this agent's own page may ask"
             )
-        wanted = base64.b64encode(f"{config.user}:{config.password}".encode())
+        wanted = credentials(config.user, config.password)
         scheme, _, given = self.headers.get("Authorization", "").partition(" ")
-        right = scheme.lower() == "basic" and hmac.compare_digest(given.strip().encode(), wanted)
+        right = scheme.lower() == "basic" and hmac.compare_digest(given.strip().encode(), wanted.encode())
         if config.password and not right:
             raise LinkError(401, "unauthorized")
 
@@ -3617,6 +3618,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """The access log is for debugging."""
         log.debug("http %s %s", self.client_address[0], _safe(format % args))
+
+
+def credentials(user: str, password: str) -> str:
+    """What follows "Basic" in an Authorization header (RFC 7617)."""
+    return base64.b64encode(f"{user}:{password}".encode()).decode()
 
 
 def _safe(text: str) -> str:
@@ -3785,16 +3791,9 @@ class Config:
     @property
     def notified(self) -> str:
         """`on_change`. Raises ValueError where it is neither a URL nor a path."""
-        url = urllib.parse.urlsplit(self.on_change)
-        web = (
-            url.scheme in ("http", "https")
-            and url.hostname
-            and url.port != 0
-            and not re.search(r"\s", self.on_change)
-            and "@" not in url.netloc
-        )
-        if self.on_change[:1] not in ("", "/") and not web:
+        if not re.fullmatch(r"(/.*|https?://(\[[^]]+\]|[^]/?#@:\s]+)(:\d+)?([/?#]\S*)?)?", self.on_change):
             raise ValueError("use http[s]://HOST[:PORT]/PATH, with no user or space, or the whole path of a program")
+        int(urllib.parse.urlsplit(self.on_change).port or 0)  # it may be out of range
         return self.on_change
 
     @property
@@ -4062,19 +4061,18 @@ def check(config: Config) -> None:
     print("configuration OK")
 
 
+def _lock_files(config: Config) -> list[Path]:
+    return [Path(config.state_dir, "lock"), RUN / f"{config.interface}.{os.stat('/proc/self/ns/net').st_ino}"]
+
+
 def lock(config: Config, but: Config | None = None) -> list[int | None]:
     """State directory and interface (each network namespace has its own of that name), until this process ends.
 
     None for what cannot be locked; raises BlockingIOError where another agent has it. flock(2) on files that nobody
     else may open, in directories of our own: any user could bind an abstract socket's name. `but`: but for its.
     """
-
-    def files(config: Config) -> list[Path]:
-        namespace = os.stat("/proc/self/ns/net").st_ino
-        return [Path(config.state_dir, "lock"), RUN / f"{config.interface}.{namespace}"]
-
     locks = list[int | None]()
-    for path in [file for file in files(config) if not but or file not in files(but)]:
+    for path in [file for file in _lock_files(config) if not but or file not in _lock_files(but)]:
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             file = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -4187,21 +4185,23 @@ def status(argv: Sequence[str]) -> int:
     parser.add_argument("--config", metavar="FILE", help="whose agent to ask (default: /etc/link/link.yml)")
     parser.add_argument("--url", help="or its API: http[s]://[USER:PASSWORD@]HOST:PORT")
     args, context = parser.parse_args(argv), ssl.create_default_context()
-    url = (args.url or "").rstrip("/")
+    to = urllib.parse.urlsplit((args.url or "").rstrip("/"))
+    url = to._replace(netloc=to.netloc.rpartition("@")[2]).geturl()
+    user, password = (urllib.parse.unquote(word or "") for word in (to.username, to.password))
     if not url:
         config = load(["--config", args.config] if args.config else [])[0]
-        user = ":".join(urllib.parse.quote(word, safe="") for word in (config.user, config.password))
-        url = f"http{'s' * bool(config.tls_cert)}://{user}@{config.listen}"
+        url, user, password = f"http{'s' * bool(config.tls_cert)}://{config.listen}", config.user, config.password
         if config.tls_cert:  # it is this host's own, whatever name it has
             context.load_verify_locations(config.tls_cert)
             context.check_hostname = False
             context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # whoever has signed it
+    ask = functools.partial(fetch, context=context, authorization=f"Basic {credentials(user, password)}")
     for wait in (0.0, TICK):  # while an IP moves it is on two hosts for a moment
         threading.Event().wait(wait)
-        health = fetch(f"{url}/health", context)
+        health = ask(f"{url}/health")
         try:
             trouble = [f"{health['hostname']}: {each}" for each in health["trouble"]]
-            rows, wrong = read_status(fetch(f"{url}/ips", context)["ips"])
+            rows, wrong = read_status(ask(f"{url}/ips")["ips"])
         except (LookupError, TypeError, AttributeError):
             raise ValueError("what answers there is no agent of this version: reload it, or name another URL") from None
         if not wrong:
@@ -4213,12 +4213,9 @@ def status(argv: Sequence[str]) -> int:
     return bool(wrong)
 
 
-def fetch(url: str, context: ssl.SSLContext) -> Any:
-    """GET, with the user and password that are in the URL. Raises OSError, HTTPException, ValueError."""
-    to = urllib.parse.urlsplit(url)
-    user = ":".join(urllib.parse.unquote(word or "") for word in (to.username, to.password))
-    request = urllib.request.Request(to._replace(netloc=to.netloc.rpartition("@")[2]).geturl())
-    request.add_header("Authorization", f"Basic {base64.b64encode(user.encode()).decode()}")
+def fetch(url: str, context: ssl.SSLContext, authorization: str) -> Any:
+    """GET what is JSON. Raises OSError, HTTPException, ValueError."""
+    request = urllib.request.Request(url, headers={"Authorization": authorization})
     handlers = urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
     try:
         answer = urllib.request.build_opener(*handlers).open(request, timeout=LONG)
@@ -4228,7 +4225,7 @@ def fetch(url: str, context: ssl.SSLContext) -> Any:
         answer = error
     with answer:
         if "error" in (got := json.load(answer)):
-            raise OSError(f"{to.hostname}: {got['error']}")
+            raise OSError(f"{url}: {got['error']}")
         return got
 
 

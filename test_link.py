@@ -116,7 +116,7 @@ def test_the_file_its_functions_and_classes_are_short_and_no_object_has_many_fie
     wide = {n: count for n, (_, count) in classes.items() if count > 15 and n not in ("Config", "Facts")}  # tables
     times = re.findall(r"^([A-Z_]+) = .*#.*\bseconds\b", text, re.MULTILINE)
     lines = text.count("\n")
-    assert (lines > 4283, long, wide, times[9:]) == (False, {}, {}, []), lines  # the aim is 2,500
+    assert (lines > 4280, long, wide, times[9:]) == (False, {}, {}, []), lines  # the aim is 2,500
 
 
 def test_nobody_asks_whether_there_is_a_zookeeper_and_no_library_is_named_that_is_not_used():
@@ -2225,38 +2225,17 @@ def test_a_program_under_way_ends_with_the_agent(tmp_path):
     assert "exit code -9" in hooked.notices.trouble and not Path(f"/proc/{file.read_text().strip()}").exists()
 
 
-def test_a_url_gets_each_change_in_order_and_is_tried_three_times(tmp_path, monkeypatch, caplog):
-    got, answers = [], [500, 503, 200, 200, 404, 404, 404, 201]
+@contextlib.contextmanager
+def web(*answers: int, elsewhere: str = "") -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
+    """A server that answers one POST after the other like that: its address, and what it got."""
+    left, got = iter(answers), list[tuple[str, str, str]]()
 
     class Hook(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             got.append((self.path, self.headers["Content-Type"], body["ip"]))
-            self.send_response(answers[len(got) - 1])
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None: ...
-
-    monkeypatch.setattr(link, "TICK", 0.01)
-    with http.server.HTTPServer(("127.0.0.1", 0), Hook) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        hooked = Hooked(f"http://127.0.0.1:{server.server_port}/in?token=secret")
-        hooked.tell(1, 2)
-        assert (hooked.notices.sent, hooked.notices.lost) == (2, 0)
-        hooked.tell(3)
-        assert "404" in hooked.notices.trouble and (hooked.notices.sent, hooked.notices.lost) == (2, 1)
-        hooked.tell(4)
-        server.shutdown()
-    assert [ip[-1] for _, _, ip in got] == ["1", "1", "1", "2", "3", "3", "3", "4"]
-    assert {each[:2] for each in got} == {("/in?token=secret", "application/json")}
-    assert hooked.notices.trouble == "" and "secret" not in caplog.text
-
-
-def test_a_url_that_sends_elsewhere_has_not_been_told(monkeypatch):
-    class Hook(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.send_response(301)
-            self.send_header("Location", "/login")
+            self.send_response(next(left))
+            self.send_header("Location", elsewhere)
             self.end_headers()
 
         def do_GET(self) -> None:
@@ -2265,12 +2244,31 @@ def test_a_url_that_sends_elsewhere_has_not_been_told(monkeypatch):
 
         def log_message(self, *_: object) -> None: ...
 
-    monkeypatch.setattr(link, "TICK", 0.01)
     with http.server.HTTPServer(("127.0.0.1", 0), Hook) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        hooked = Hooked(f"http://127.0.0.1:{server.server_port}/in")
-        hooked.tell(1)
+        yield f"http://127.0.0.1:{server.server_port}", got
         server.shutdown()
+
+
+def test_a_url_gets_each_change_in_order_and_is_tried_three_times(monkeypatch, caplog):
+    monkeypatch.setattr(link, "TICK", 0.01)
+    with web(500, 503, 200, 200, 404, 404, 404, 201) as (address, got):
+        hooked = Hooked(f"{address}/in?token=secret")
+        hooked.tell(1, 2)
+        assert (hooked.notices.sent, hooked.notices.lost) == (2, 0)
+        hooked.tell(3)
+        assert "404" in hooked.notices.trouble and (hooked.notices.sent, hooked.notices.lost) == (2, 1)
+        hooked.tell(4)
+    assert [ip[-1] for _, _, ip in got] == ["1", "1", "1", "2", "3", "3", "3", "4"]
+    assert {each[:2] for each in got} == {("/in?token=secret", "application/json")}
+    assert hooked.notices.trouble == "" and "secret" not in caplog.text
+
+
+def test_a_url_that_sends_elsewhere_has_not_been_told(monkeypatch):
+    monkeypatch.setattr(link, "TICK", 0.01)
+    with web(301, 301, 301, elsewhere="/login") as (address, _):
+        hooked = Hooked(f"{address}/in")
+        hooked.tell(1)
     assert hooked.notices.lost == 1 and "elsewhere" in hooked.notices.trouble
 
 

@@ -278,7 +278,7 @@ run_tests() {
         quick=()
     fi
     [[ ! ${paths[*]} =~ real|story|alerts|tests/?( |$) ]] || packages zookeeper curl
-    [[ ! ${paths[*]} =~ story|tests/?( |$) ]] || packages chromium chromium-driver fonts-dejavu-core
+    [[ ! ${paths[*]} =~ story|tests/?( |$) ]] || packages chromium chromium-driver fonts-dejavu-core openssl
     [[ ! ${paths[*]} =~ alerts|tests/?( |$) ]] || packages prometheus
     # hosts in containers, the Vagrant files, the scripts
     [[ ! ${paths[*]} =~ ansible|tests/?( |$) ]] ||

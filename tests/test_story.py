@@ -263,3 +263,19 @@ def test_the_page_shows_a_failover_as_it_happens_moves_the_ip_and_says_when_the_
         wait_until(lambda: text_of(browser, "#news") == "The agent answers again", 20)
         assert [entry for entry in browser.get_log("browser") if "Security" in str(entry)] == []
     c.mend()
+
+
+def test_status_knows_its_own_agent_whoever_has_signed_its_certificate(c: Cluster) -> None:
+    host, key = c.hosts[0], "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
+    for line in (
+        f"req -x509 {key} -keyout ca.key -out ca.pem -subj /CN=authority -days 1",
+        f"req {key} -keyout api.key -out api.csr -subj /CN=elsewhere",
+        "x509 -req -in api.csr -CA ca.pem -CAkey ca.key -CAcreateserial -out api.pem -days 1",
+    ):
+        subprocess.run(["openssl", *line.split()], cwd=host.directory, check=True, capture_output=True)
+    c.start_afresh(host, tls_cert=str(host.directory / "api.pem"), tls_key=str(host.directory / "api.key"))
+    ask = ["ip", "netns", "exec", host.namespace, sys.executable, str(PROGRAM), "status", "--config"]
+    answer = partial(subprocess.run, [*ask, str(host.config_path)], capture_output=True, text=True, check=False)
+    wait_until(lambda: answer().returncode == 0 and "all is well" in answer().stdout, 20, "status over HTTPS")
+    c.start_afresh(host)
+    c.all_serve(20)

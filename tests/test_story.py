@@ -26,7 +26,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from lab import CLIENT, PROGRAM, Host, Lab, connect, wait_until
-from scenarios import QUICK, Cluster
+from scenarios import QUICK, Cluster, mend
 from test_real import ProxyArp
 
 HOOK = "#!/bin/sh\ncat >>{file} && echo >>{file}\n"
@@ -170,7 +170,8 @@ def test_moves_a_death_and_a_restart_are_told_everywhere_with_the_same_words(c: 
     assert numbers["link_ip_takeovers_total", vip] == 1 and 0 < numbers["link_ip_gap_seconds", f"{vip},unplanned"] < 1
     code, table = status(holder)
     assert code == 0 and f"{vip}/32" in table and holder.name in table
-    c.mend()
+    mend(c, holder)
+    c.all_serve(20)
 
 
 def test_a_flap_a_conflict_and_a_lost_zookeeper_are_told_everywhere_with_the_same_words(c: Cluster) -> None:
@@ -200,7 +201,8 @@ def test_a_flap_a_conflict_and_a_lost_zookeeper_are_told_everywhere_with_the_sam
     assert metrics(holder)["link_zookeeper_state", "lost"] == 1
     code, table = status(holder)
     assert code == 0 and f"{holder.name}: ZooKeeper is lost" in table  # the IP is held all the same
-    c.mend()
+    mend(c, holder)
+    c.all_serve(20)
 
 
 def button(browser: Any, text: str) -> Any:
@@ -262,7 +264,8 @@ def test_the_page_shows_a_failover_as_it_happens_moves_the_ip_and_says_when_the_
         c.start(first)
         wait_until(lambda: text_of(browser, "#news") == "The agent answers again", 20)
         assert [entry for entry in browser.get_log("browser") if "Security" in str(entry)] == []
-    c.mend()
+    mend(c, holder)
+    c.all_serve(20)
 
 
 def test_status_knows_its_own_agent_whoever_has_signed_its_certificate(c: Cluster) -> None:

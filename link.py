@@ -1877,9 +1877,9 @@ HISTORY = 20  # changes of an IP that are remembered
 
 @dataclass(eq=False)
 class Story:
-    """What happened to one IP; the counts are this process's, the history is also its predecessors'."""
+    """What happened to one IP, or (as "") to this host; the counts are this process's, the history is also older."""
 
-    history: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=HISTORY))  # as the API shows it
+    history: deque[dict[str, Any]] = field(default_factory=deque)  # as the API shows it
     began: str = ""
     events: dict[Event, int] = field(default_factory=lambda: dict.fromkeys(Event, 0))  # that changed the state
     announced: int = 0
@@ -1889,27 +1889,27 @@ class Story:
     conflicts: int = 0
     rival: bytes = b""  # the MAC of the last one
 
-    @property
-    def told(self) -> str:
-        """The state that people were last told of; an IP starts in FAILING."""
-        return self.history[-1]["to"] if self.history else State.FAILING.value
+    def told(self, first: str = State.FAILING.value) -> str:
+        """The state that people were last told of; `first`: the one that an IP, or a host, starts in."""
+        return str(self.history[-1]["to"]) if self.history else first
 
     @property
     def since(self) -> str:
-        """Of the last change, or where there is none of the start: ISO 8601, UTC."""
-        return f"{self.history[-1]['time'][:19]}Z" if self.history else self.began
+        """Of the last change of state, or where there is none of the start: ISO 8601, UTC."""
+        return next((f"{was['time'][:19]}Z" for was in reversed(self.history) if was["from"] != was["to"]), self.began)
 
     def moved(self, wire: WireView, needed: int) -> None:
         """It is bound here now: for how long it can have been away is told by when it was last heard elsewhere."""
         if wire.heard < math.inf:
             self.gaps["planned" if wire.heard <= TICK and wire.unanswered < needed else "unplanned"] = wire.heard
 
-    def change(self, time: str, state: State, event: Event, reason: str, by: str | None) -> dict[str, Any]:
-        """Remember a change of state. `time` is UTC, ISO 8601."""
-        entry = {"time": time, "from": self.told, "to": state.value, "event": event.value, "reason": reason, "by": by}
-        self.history.append(entry)
-        self.events[event] += 1
-        return entry
+    def remember(self, change: dict[str, Any]) -> None:
+        """The last HISTORY changes; where the state stays (a conflict) only the latest, so that no change is lost."""
+        if self.history and self.history[-1]["from"] == change["from"] == self.history[-1]["to"] == change["to"]:
+            self.history.pop()
+        self.history.append(change)
+        while len(self.history) > HISTORY:
+            self.history.popleft()
 
 
 class Notices:
@@ -1924,7 +1924,7 @@ class Notices:
         self._target, self._post = target, post
         self._pool = ThreadPoolExecutor(1, "notices")  # begins with the first one, when no signal is blocked any more
         self.waiting = self.sent = self.lost = 0
-        self.trouble = ""  # of the last one
+        self.trouble, self.story = "", Story()  # of the last one; of this host
         self._child: subprocess.Popen[bytes] | None = None
 
     def tell(self, change: Mapping[str, Any]) -> None:
@@ -2310,8 +2310,10 @@ class Vip:
             self.story.conflicts, self.story.rival, at.told = self.story.conflicts + new, mac, now
             names = [f"{host}, another contender" for host, known in self.agent.macs.items() if known == mac.hex(":")]
             who = [*names, "a foreign host" if self.agent.macs else "maybe another contender"][0]
-            level, remedy = (logging.INFO, "") if names and new else (logging.WARNING, ": remove it there")
-            log.log(level, "vip=%s is also answered for by %s (%s)%s", self.vip.ip, mac.hex(":"), who, remedy)
+            why = f"is also answered for by {mac.hex(':')} ({who})" + ": remove it there" * (not (names and new))
+            log.log(logging.INFO if names and new else logging.WARNING, "vip=%s %s", self.vip.ip, why)
+            if new:
+                self.agent.note(self.story, self.vip.address, self.state.value, self.state.value, "conflict", why)
 
     # -- orders --------------------------------------------------------------------------------------------
 
@@ -2493,9 +2495,9 @@ class Store:
         self._entries.pop(address, None)
         self._entries |= {address: vip} if vip else {}
 
-    def load_history(self) -> dict[str, list[dict[str, Any]]]:
-        """The last changes of each IP, by address; what cannot be read is left out."""
-        history = dict[str, list[dict[str, Any]]]()
+    def load_history(self) -> dict[str, Story]:
+        """The last changes of each IP, by address, and (as "") of this host; what cannot be read is left out."""
+        stories = dict[str, Story]()
         with contextlib.suppress(OSError):
             for line in self._read("history", b"").splitlines():
                 with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
@@ -2503,10 +2505,11 @@ class Store:
                     if host != self.identity[0]:
                         continue  # a copy
                     if change is None:
-                        del history[address]
-                    elif datetime.fromisoformat(f"{change['time'][:19]}Z").tzinfo and State(change["to"]):
-                        history[address] = [*history.get(address, ()), change][-HISTORY:]
-        return history
+                        del stories[address]
+                    elif datetime.fromisoformat(f"{change['time'][:19]}Z") and (not address or State(change["to"])):
+                        known = {key: change[key] for key in ("time", "from", "to", "event", "reason", "by")}
+                        stories.setdefault(address, Story()).remember(known)
+        return stories
 
     def save_change(self, address: str, change: Mapping[str, Any] | None) -> None:
         """Remember a change, or (None) forget all of this address. Best effort and soon; nobody waits for it."""
@@ -2520,8 +2523,8 @@ class Store:
                     file.write(b"\n" + json.dumps([self.identity[0], *self._changes.popleft()]).encode())
                 size = file.tell()
             if size > self._most:  # anew, with what counts
-                host, history = self.identity[0], self.load_history()
-                lines = [json.dumps([host, ip, change]) for ip, changes in history.items() for change in changes]
+                host, stories = self.identity[0], self.load_history().items()
+                lines = [json.dumps([host, ip, change]) for ip, story in stories for change in story.history]
                 self._write("history", "\n".join(lines).encode(), sync=False)
                 self._most = max(HISTORY_SIZE, 2 * sum(map(len, lines)))
 
@@ -2778,7 +2781,8 @@ class Agent:
         self._sync()
         states = {address: State(word) for address, word in saved.get("states", {}).items()}
         known = {address: VirtualIP(ipaddress.ip_interface(address)) for address in states} | vips
-        history = self.store.load_history()
+        stories = self.store.load_history()
+        self.notices.story = stories.get("", self.notices.story)
         with contextlib.suppress(OSError):
             ours = {vip.bound for vip in known.values()}
             self.network.clear(ours, lasting=self.config.at_most_one)  # an earlier process had another one, or promise?
@@ -2796,7 +2800,7 @@ class Agent:
             if vip is None or ip != vip.bound:
                 self.unbind(ip)
         for address, vip in known.items():
-            managed = self._manage(vip, states.get(address, State.FAILING), history.get(address, ()))
+            managed = self._manage(vip, states.get(address, State.FAILING), stories.get(address))
             if address not in vips:
                 log.info("vip=%s is not configured any more", vip.ip)
                 managed.intent = Intent.DELETE  # its lock may still be ours: another host goes first
@@ -2844,6 +2848,7 @@ class Agent:
                 self.news(*self.vips)
             self.network.hear_only({*self.vips, *self.wire.known()})
             self.wire.meet(now)
+            self._tell_troubles()
             notify("WATCHDOG=1")
         if now >= loop.save_at:
             self.save(now=False)
@@ -2916,12 +2921,39 @@ class Agent:
 
     def tell(self, vip: Vip, event: Event, why: str) -> None:
         """Of a change of state, unless an earlier process has: after a restart all is found as it was."""
-        if vip.state.value != vip.story.told:
+        if vip.state.value != vip.story.told():
             ordered = vip.orders and event in (Event.ELECTED, Event.FAULT, Event.DEMOTED)
             by = vip.orders[0].by if ordered else "SIGTERM" if vip.intent is Intent.STOP else None
-            change = vip.story.change(self.clock.stamp(digits="milliseconds"), vip.state, event, why, by)
-            self.store.save_change(vip.vip.address, change)
-            self.notices.tell({"host": self.config.hostname, "ip": vip.vip.address, **change})
+            self.note(vip.story, vip.vip.address, vip.story.told(), vip.state.value, event, why, by)
+            vip.story.events[event] += 1
+
+    def note(self, story: Story, address: str, old: str, new: str, event: str, why: str, by: str | None = None) -> None:
+        """Into the history, and to whoever is told of changes; without an address it is of this host."""
+        time = self.clock.stamp(digits="milliseconds")
+        change = {"time": time, "from": old, "to": new, "event": event, "reason": why, "by": by}
+        story.remember(change)
+        self.store.save_change(address, change)
+        self.notices.tell({"host": self.config.hostname, "ip": address, **change})
+
+    def troubles(self) -> list[str]:
+        """What is wrong with this host, in words that name the remedy."""
+        link, referee, vips = self.kernel.link, self.referee, self.vips.values()
+        of_family = {4: link.trouble4, 6: link.trouble6}
+        wrong = [link.trouble or self.kernel.error, "ZooKeeper is lost" * (referee.state == "lost"), referee.refused]
+        wrong += sorted({of_family[vip.vip.ip.version] for vip in vips})
+        wrong += [self.hears_nobody] if any(self.hears_nobody in vip.reason for vip in vips) else []
+        twins = [host for host, record in self.peers.items() if record.mac == link.mac.hex(":") != ""]
+        wrong += [f"{twins[0]} has this host's MAC {link.mac.hex(':')}: give one of them its own"] if twins else []
+        return [*filter(None, wrong)]
+
+    def _tell_troubles(self) -> None:
+        """Once a second; while ZooKeeper is yet to be reached, or to be lost, nothing is well again."""
+        story, well = self.notices.story, "nothing is wrong"
+        old, why = story.told("healthy"), "; ".join(self.troubles()) or well
+        last = story.history[-1]["reason"] if story.history else well
+        if why != last and (why != well or self.referee.state != "connecting"):
+            new, event = ("healthy", "recovered") if why == well else ("unhealthy", "trouble")
+            self.note(story, "", old, new, event, why)
 
     # -- the world outside -----------------------------------------------------------------------------
 
@@ -3033,9 +3065,9 @@ class Agent:
 
     # -- the registry ------------------------------------------------------------------------------------
 
-    def _manage(self, vip: VirtualIP, state: State = State.FAILING, history: Iterable[dict[str, Any]] = ()) -> Vip:
-        adopted = self.kernel.addresses.get(vip.bound, False)
-        story = Story(deque(history, HISTORY), self.clock.stamp())
+    def _manage(self, vip: VirtualIP, state: State = State.FAILING, story: Story | None = None) -> Vip:
+        adopted, story = self.kernel.addresses.get(vip.bound, False), story or Story()
+        story.began = self.clock.stamp()
         self.vips[vip.address] = managed = Vip(self, vip, state if adopted else State.FAILING, adopted, story)
         if adopted:
             log.info("vip=%s found bound: adopted as %s", vip.ip, state.value)
@@ -3237,19 +3269,13 @@ class Api(Agent):
         met = self.wire.met_witness() or not self.wire.known()
         slow = "" if met else "no witness has answered: name one on this network in `witnesses`"
         slow = slow if self.config.probe_count else "probe_count is 0: a dead holder is found by its session"
-        link, lost = self.kernel.link, "ZooKeeper is lost" * (referee.state == "lost")
-        trouble = link.trouble or self.kernel.error
-        of_family = {4: link.trouble4, 6: link.trouble6}
-        wrong = [trouble, lost, referee.refused, *{of_family[vip.vip.ip.version] for vip in self.vips.values()}]
-        wrong += [self.hears_nobody] if any(self.hears_nobody in vip.reason for vip in self.vips.values()) else []
-        twins = [host for host, record in self.peers.items() if record.mac == link.mac.hex(":") != ""]
-        wrong += [f"{twins[0]} has this host's MAC {link.mac.hex(':')}: give one of them its own"] if twins else []
+        wrong = self.troubles()
         return {
-            "healthy": not any(wrong),
+            "healthy": not wrong,
             "trouble": [*filter(None, [*wrong, slow, self.store.trouble, self.notices.trouble])],
             "hostname": self.config.hostname,
             "since": self.loop.since,
-            "interface": trouble or "up",
+            "interface": self.kernel.link.trouble or self.kernel.error or "up",
             "quick": not slow,
             "slow_because": slow or None,
             "zookeeper": {"state": referee.state, "session_timeout": timeout, "refused": referee.refused or None},
@@ -3257,6 +3283,7 @@ class Api(Agent):
             "on_change": self.notices.trouble or ("told" if self.config.on_change else "nobody is told"),
             "on_change_waiting": self.notices.waiting,
             "ips": counts,
+            "history": [*self.notices.story.history],
         }
 
 
@@ -3771,7 +3798,7 @@ class Config:
     promise: str = option(
         "at-least-one", "at-least-one, or at-most-one for services that must not run twice",
         choices=("at-least-one", "at-most-one"))  # fmt: skip
-    on_change: str = option("", "URL or program that is told of each change of an IP, as JSON", flag=False)
+    on_change: str = option("", "URL or program that is told of each change, as JSON", flag=False)
     max_ips: int = option(1000, "most IPs this host accepts", low=1)
     ips: list[Any] = option([], "IPs that this host always has: ip, checks, healthcheck_interval", flag=False)
     log_level: str = option("INFO", "DEBUG, INFO, WARNING or ERROR", choices=("DEBUG", "INFO", "WARNING", "ERROR"))

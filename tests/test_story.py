@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,25 @@ def status(host: Host) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+def button(browser: Any, text: str) -> Any:
+    return next(each for each in browser.find_elements(By.TAG_NAME, "button") if each.text == text)
+
+
+def text_of(browser: Any, key: str) -> str:
+    return str(browser.find_element(By.CSS_SELECTOR, key).text)
+
+
+@contextlib.contextmanager
+def shown(browser: Any, host: Host, vip: str) -> Iterator[Callable[[], str]]:
+    """The page of a host's agent, with the IP's history opened; what it says of its IPs."""
+    with reachable(host) as address:
+        browser.get(f"http://{address}/")
+        lines = partial(text_of, browser, "#ips")
+        wait_until(lambda: f"{vip}/32" in lines(), 15, "the IP")
+        button(browser, f"{vip}/32").send_keys(Keys.ENTER)  # as who has no mouse
+        yield lines
+
+
 def met(c: Cluster, vip: str) -> None:
     """Wait until every standby has heard the holder: only then its silence means something."""
     holder, others = c.settled(vip, 15)
@@ -124,15 +143,22 @@ def met(c: Cluster, vip: str) -> None:
     wait_until(lambda: all(each() for each in heard), 15, f"{holder.name} is heard")
 
 
-def told_the_same(c: Cluster, host: Host, vip: str, **change: str) -> dict[str, Any]:
-    """Wait for the change; it is in the history, in the notice, in the log, and counted, with the same words."""
+def noted(c: Cluster, host: Host, vip: str, **change: str) -> dict[str, Any]:
+    """Wait for this in the history of the IP (or, as "", of the host), and in the notice with the same words."""
 
     def look() -> dict[str, Any] | None:
-        last = c.show(host, vip).get("history", [{}])[-1]
+        story = c.show(host, vip) if vip else host.api("GET", "/health")[1]
+        last = dict(next(reversed(story.get("history", [])), {}))
         return last if change.items() <= last.items() else None
 
     last = wait_until(look, 15, f"{change} on {host.name}")
     wait_until(lambda: notices(host, vip)[-1:] == [{"host": host.name, "ip": vip, **last}], 10, "the notice")
+    return last
+
+
+def told_the_same(c: Cluster, host: Host, vip: str, **change: str) -> dict[str, Any]:
+    """Wait for the change; it is in the history, in the notice, in the log, and counted, with the same words."""
+    last = noted(c, host, vip, **change)
     assert f"vip={vip}/32 {last['from']} -> {last['to']} ({last['event']}: {last['reason']})" in c.news(host)
     assert metrics(host)["link_ip_transitions_total", f"{vip},{last['event']}"] >= 1
     assert c.show(host, vip)["since"] == last["time"][:19] + "Z"
@@ -174,7 +200,10 @@ def test_moves_a_death_and_a_restart_are_told_everywhere_with_the_same_words(c: 
     c.all_serve(20)
 
 
-def test_a_flap_a_conflict_and_a_lost_zookeeper_are_told_everywhere_with_the_same_words(c: Cluster) -> None:
+def test_a_flap_a_conflict_and_a_lost_zookeeper_are_told_everywhere_with_the_same_words(
+    c: Cluster, browser: Any
+) -> None:
+    health = partial(text_of, browser, "#health")
     for host in c.hosts:
         c.start_afresh(host, on_change=host.config["on_change"])
     c.all_serve(10)
@@ -183,34 +212,36 @@ def test_a_flap_a_conflict_and_a_lost_zookeeper_are_told_everywhere_with_the_sam
     met(c, vip)
     holder.unplug()
     failing = told_the_same(c, holder, vip, to="FAILING", event="health_check_fail")
-    assert "no carrier" in failing["reason"]
+    trouble = noted(c, holder, "", event="trouble", to="unhealthy")["reason"].partition(";")[0]
+    assert "no carrier" in trouble and trouble in failing["reason"]
     code, table = status(holder)
-    assert code == 1 and f"{vip}/32 is FAILING here" in table and "no carrier" in table
+    assert code == 1 and f"{vip}/32 is FAILING here" in table and trouble in table
     assert metrics(holder)["link_ip_status", f"{vip},FAILING"] == 1 and metrics(holder)["link_healthy", ""] == 0
+    with shown(browser, holder, vip) as page:
+        wait_until(lambda: "STANDBY" in page() and failing["reason"] in page() and trouble in health(), 15, "a flap")
     c.elsewhere(vip, holder, 15)
     holder.mend()
     told_the_same(c, holder, vip, to="STANDBY", event="health_check_success")
+    noted(c, holder, "", event="recovered", to="healthy")
     holder, _ = c.settled(vip)
     with ProxyArp(c.lab, vip) as rival:  # a stranger has it, too
         wait_until(lambda: rival.claim() or metrics(holder)["link_ip_conflicts_total", vip], 20, "a conflict")
     assert c.show(holder, vip)["conflicts"] == {"count": 1, "mac": c.lab.mac(CLIENT)}
-    assert f"also answered for by {c.lab.mac(CLIENT)}" in c.news(holder)
+    conflict = noted(c, holder, vip, event="conflict")["reason"]
+    assert f"also answered for by {c.lab.mac(CLIENT)}" in conflict and f"vip={vip}/32 {conflict}" in c.news(holder)
+    with shown(browser, holder, vip) as page:
+        wait_until(lambda: f"1, last: {c.lab.mac(CLIENT)}" in page() and conflict in page(), 15, "a conflict")
     c.settled(vip, 15)
     c.zk.stop()
     wait_until(lambda: holder.api("GET", "/health")[0] == 503, 15, "ZooKeeper is known to be lost")
     assert metrics(holder)["link_zookeeper_state", "lost"] == 1
+    assert noted(c, holder, "", event="trouble")["reason"] == "ZooKeeper is lost"
+    with shown(browser, holder, vip):
+        wait_until(lambda: "ZooKeeper is lost" in health(), 15, "a lost ZooKeeper")
     code, table = status(holder)
     assert code == 0 and f"{holder.name}: ZooKeeper is lost" in table  # the IP is held all the same
     mend(c, holder)
     c.all_serve(20)
-
-
-def button(browser: Any, text: str) -> Any:
-    return next(each for each in browser.find_elements(By.TAG_NAME, "button") if each.text == text)
-
-
-def text_of(browser: Any, key: str) -> str:
-    return str(browser.find_element(By.CSS_SELECTOR, key).text)
 
 
 def test_the_page_shows_a_failover_as_it_happens_moves_the_ip_and_says_when_the_agent_is_gone(

@@ -3444,8 +3444,8 @@ async function show(ip) {
   if (row.past.hidden) return
   const table = make("table"), {ip: {history: past}} = await ask(`/ips/${ip.id}`)
   const told = past.reverse().map(was => [utc(was.time), `${was.from} → ${was.to}`, was.event, was.reason, was.by])
-  for (const texts of [["Latest first (UTC)", "Change", "Event", "Why", "Ordered by"], ...told])
-    table.insertRow().append(...texts.map(text => put(make("td"), text)))
+  for (const texts of [[`On ${host}, latest first`, "Change", "Event", "Why", "Ordered by"], ...told])
+    table.insertRow().append(...texts.map(text => put(make("td"), text || "nobody")))
   row.past.cells[0].replaceChildren(table)
 }
 async function refresh() {
@@ -3454,7 +3454,7 @@ async function refresh() {
     host = health.hostname
     seen = utc(new Date().toISOString().slice(0, 19))
     find("health").className = health.healthy ? "" : "bad"
-    put(find("health"), `As ${host} knows it at ${seen} UTC. ${health.trouble.join("; ") || "Nothing is wrong here"}.`)
+    put(find("health"), `As ${host} knows it at ${seen} UTC. ${health.trouble.join("; ") || "This host is well"}.`)
     put(find("head").cells[3], `On ${host}`)
     await Promise.allSettled(ips.map(show))
     for (const [id, {ip, line, past}] of rows) ips.includes(ip) || [line.remove(), past.remove(), rows.delete(id)]

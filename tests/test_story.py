@@ -252,7 +252,7 @@ def test_the_page_shows_a_failover_as_it_happens_moves_the_ip_and_says_when_the_
         browser.get(f"http://{address}/")
         lines = partial(text_of, browser, "#ips")
         wait_until(lambda: f"{vip}/32 {holder.name} " in lines(), 15, "who has it")
-        wait_until(lambda: text_of(browser, "#health").endswith(" UTC. Nothing is wrong here."), 15)
+        wait_until(lambda: text_of(browser, "#health").endswith(" UTC. This host is well."), 15)
         assert text_of(browser, "#health").startswith(f"As {first.name} knows it at 20")
         name = button(browser, f"{vip}/32")
         name.send_keys(Keys.ENTER)  # as who has no mouse

@@ -3291,33 +3291,59 @@ class Api(Agent):
 # Metrics: the text format of Prometheus, 0.0.4
 ################################################################################
 
-Sample = tuple[str, Mapping[str, str], float]  # name without "link_", labels, value
+Values = float | list[tuple[dict[str, str], float]]  # the latter where more labels tell them apart
 ZOOKEEPER = ("none", "connecting", "connected", "lost")
-METRICS = """\
-build_info 1; the host's name, the version of LinK and of Python
-healthy as in GET /health
-quick as in GET /health
-interface_up whether the interface can be used
-state_dir_written whether what must outlive the process could be written the last time
-zookeeper_state 1 for what it is
-zookeeper_refused whether ZooKeeper refuses something
-zookeeper_lease_age_seconds since the leader's last word
-zookeeper_session_timeout_seconds as ZooKeeper has granted it; 0: none is configured
-probe_round_trip_seconds from the last probe that a holder answered to its answer, as the loop sees them
-loop_turns_total turns of the loop
-loop_late_seconds_total how late the loop was in all turns together
-loop_latest_seconds how late it was in its worst turn
-notices_total changes that on_change was told of, or not
-notices_waiting changes that on_change is yet to be told of
-ip_status 1 for what this host is for the IP
-ip_bound whether this host's kernel has the IP
-ip_since_timestamp_seconds when the status last changed, also by an earlier process
-ip_transitions_total changes of the status by this process
-ip_conflicts_total how often another host had it at the same time without a planned move
-ip_takeovers_total how often this host has taken its lock from a silent holder
-ip_announcements_total announcements sent
-ip_gap_seconds at the last move to this host: since it was last heard elsewhere, the most it can have been away
-ip_check_ok the verdict of each check"""
+
+
+class Seen(NamedTuple):
+    """One IP at one instant; its story may grow meanwhile."""
+
+    ip: str
+    state: State
+    bound: bool
+    story: Story
+    checks: dict[str, bool]
+
+
+OF_HOST: dict[str, tuple[str, Callable[[Any, Any], Values]]] = {  # of the agent, and what GET /health says
+    "build_info": ("1; the host's name, the version of LinK and of Python", lambda a, h: [
+        ({"host": a.config.hostname, "version": VERSION, "python": sys.version.split()[0]}, 1)]),
+    "healthy": ("as in GET /health", lambda a, h: h["healthy"]),
+    "quick": ("as in GET /health", lambda a, h: h["quick"]),
+    "interface_up": ("whether the interface can be used", lambda a, h: [
+        ({"interface": a.config.interface}, h["interface"] == "up")]),
+    "state_dir_written": ("whether what must outlive the process could be written", lambda a, h: not a.store.trouble),
+    "zookeeper_state": ("1 for what it is", lambda a, h: [({"state": s}, s == a.referee.state) for s in ZOOKEEPER]),
+    "zookeeper_refused": ("whether ZooKeeper refuses something", lambda a, h: bool(a.referee.refused)),
+    "zookeeper_lease_age_seconds": ("since the leader's last word", lambda a, h: a.referee.age(a.loop.now)),
+    "zookeeper_session_timeout_seconds": ("as granted; 0: no ZooKeeper is configured", lambda a, h: a.referee.timeout),
+    "probe_round_trip_seconds": (
+        "from the last probe that a holder answered to its answer, as the loop sees them",
+        lambda a, h: a.wire.round_trip),
+    "loop_turns_total": ("turns of the loop", lambda a, h: a.loop.turns),
+    "loop_late_seconds_total": ("how late the loop was in all turns together", lambda a, h: a.loop.late),
+    "loop_latest_seconds": ("how late it was in its worst turn", lambda a, h: a.loop.latest),
+    "notices_total": ("changes that on_change was told of, or not", lambda a, h: [
+        ({"result": "sent"}, a.notices.sent), ({"result": "lost"}, a.notices.lost)]),
+    "notices_waiting": ("changes that on_change is yet to be told of", lambda a, h: a.notices.waiting),
+}  # fmt: skip
+OF_IP: dict[str, tuple[str, Callable[[Seen], Values]]] = {
+    "ip_status": ("1 for what this host is for the IP", lambda v: [({"status": s}, s is v.state) for s in State]),
+    "ip_bound": ("whether this host's kernel has the IP", lambda v: v.bound),
+    "ip_since_timestamp_seconds": (
+        "when the status last changed, also by an earlier process",
+        lambda v: datetime.fromisoformat(v.story.since).timestamp()),
+    "ip_transitions_total": (
+        "changes of the status by this process", lambda v: [({"event": e}, n) for e, n in v.story.events.items()]),
+    "ip_conflicts_total": (
+        "how often another host had it at the same time without a planned move", lambda v: v.story.conflicts),
+    "ip_takeovers_total": ("how often this host has taken its lock from a silent holder", lambda v: v.story.takeovers),
+    "ip_announcements_total": ("announcements sent", lambda v: v.story.announced),
+    "ip_gap_seconds": (
+        "at the last move to this host: since it was last heard elsewhere, the most it can have been away",
+        lambda v: [({"move": move}, seconds) for move, seconds in [*v.story.gaps.items()]]),
+    "ip_check_ok": ("the verdict of each check", lambda v: [({"check": c}, ok) for c, ok in v.checks.items()]),
+}  # fmt: skip
 
 
 class Document(NamedTuple):
@@ -3327,60 +3353,28 @@ class Document(NamedTuple):
     text: str
 
 
-def numbers(address: str, state: State, bound: bool, story: Story, checks: Mapping[str, bool]) -> list[Sample]:
-    """Of one IP. In a thread of HTTP's: the story may grow meanwhile."""
-    ip = {"ip": address}
-    return [
-        *[("ip_status", {**ip, "status": each.value}, each is state) for each in State],
-        ("ip_bound", ip, bound),
-        ("ip_since_timestamp_seconds", ip, datetime.fromisoformat(story.since).timestamp()),
-        *[("ip_transitions_total", {**ip, "event": event.value}, count) for event, count in story.events.items()],
-        ("ip_conflicts_total", ip, story.conflicts),
-        ("ip_takeovers_total", ip, story.takeovers),
-        ("ip_announcements_total", ip, story.announced),
-        *[("ip_gap_seconds", {**ip, "move": move}, seconds) for move, seconds in [*story.gaps.items()]],
-        *[("ip_check_ok", {**ip, "check": check}, ok) for check, ok in checks.items()],
-    ]
-
-
 def metrics(agent: Api) -> Future[Any]:
     """GET /metrics; who asks writes the numbers down, not the loop."""
-    health, referee, notices, loop = agent.health(), agent.referee, agent.notices, agent.loop
-    ours: list[Sample] = [
-        ("build_info", {"host": agent.config.hostname, "version": VERSION, "python": sys.version.split()[0]}, 1),
-        ("healthy", {}, health["healthy"]),
-        ("quick", {}, health["quick"]),
-        ("interface_up", {"interface": agent.config.interface}, health["interface"] == "up"),
-        ("state_dir_written", {}, not agent.store.trouble),
-        *[("zookeeper_state", {"state": state}, state == referee.state) for state in ZOOKEEPER],
-        ("zookeeper_refused", {}, bool(referee.refused)),
-        ("zookeeper_lease_age_seconds", {}, referee.age(loop.now)),
-        ("zookeeper_session_timeout_seconds", {}, referee.timeout),
-        ("probe_round_trip_seconds", {}, agent.wire.round_trip),
-        ("loop_turns_total", {}, loop.turns),
-        ("loop_late_seconds_total", {}, loop.late),
-        ("loop_latest_seconds", {}, loop.latest),
-        ("notices_total", {"result": "sent"}, notices.sent),
-        ("notices_total", {"result": "lost"}, notices.lost),
-        ("notices_waiting", {}, notices.waiting),
-    ]
+    health = agent.health()
+    host = {name: of(agent, health) for name, (_, of) in OF_HOST.items()}
     return agent.list_ips(
-        lambda vip, _: (vip.vip.address, vip.state, vip.bound, vip.story, vip.checks.results),
-        lambda vips: functools.partial(write_metrics, ours, vips),
+        lambda vip, _: Seen(vip.vip.address, vip.state, vip.bound, vip.story, vip.checks.results),
+        lambda seen: functools.partial(write_metrics, host, seen),
     )
 
 
-def write_metrics(ours: Iterable[Sample], vips: Iterable[Any]) -> Document:
+def write_metrics(host: Mapping[str, Values], ips: Iterable[Seen]) -> Document:
     """Each family with its HELP and TYPE."""
-    lines: dict[str, list[str]] = {}
-    for text in METRICS.splitlines():
-        name, _, words = text.partition(" ")
+    lines = list[str]()
+    for name, (text, of) in {**OF_HOST, **OF_IP}.items():
         kind = "counter" if name.endswith("_total") else "gauge"
-        lines[name] = [f"# HELP link_{name} {words}", f"# TYPE link_{name} {kind}"]
-    for name, labels, value in itertools.chain(ours, *itertools.starmap(numbers, vips)):
-        text = ",".join([f"{label}={json.dumps(word, ensure_ascii=False)}" for label, word in labels.items()])
-        lines[name] += [f"link_{name}{{{text}}} {float(value)}"] if math.isfinite(value) else []
-    return Document("text/plain; version=0.0.4; charset=utf-8", "\n".join([*itertools.chain(*lines.values()), ""]))
+        lines += [f"# HELP link_{name} {text}", f"# TYPE link_{name} {kind}"]
+        told = [({}, host[name])] if name in host else [({"ip": seen.ip}, cast(Any, of)(seen)) for seen in ips]
+        for labels, values in told:
+            for more, value in values if isinstance(values, list) else [({}, values)]:
+                words = [f"{key}={json.dumps(word, ensure_ascii=False)}" for key, word in {**labels, **more}.items()]
+                lines += [f"link_{name}{{{','.join(words)}}} {float(value)}"] if math.isfinite(value) else []
+    return Document("text/plain; version=0.0.4; charset=utf-8", "\n".join([*lines, ""]))
 
 
 ################################################################################

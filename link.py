@@ -228,6 +228,11 @@ class VirtualIP:
         """What the kernel gets: /32 or /128. With more an interface may lose its own address along with this one."""
         return ipaddress.ip_interface(self.ip.ip)
 
+    @functools.cached_property
+    def key(self) -> str:
+        """The same as text: an address object is hashed anew each time, at five times the price."""
+        return str(self.bound)
+
     def to_json(self) -> dict[str, Any]:
         """The IP as it is stored and shown."""
         checks = [asdict(check) for check in self.checks]
@@ -2047,7 +2052,7 @@ class Vip:
     @property
     def bound(self) -> bool:
         """Whether the kernel has it, by our doing."""
-        return self.agent.kernel.addresses.get(self.vip.bound, False)
+        return self.agent.kernel.addresses.get(self.vip.key, False)
 
     def trouble(self, now: float) -> str:
         """'' or why this host cannot serve the IP."""
@@ -2210,7 +2215,7 @@ class Vip:
             at.announce, at.given = math.inf, (b"", -math.inf)
             log.info("vip=%s unbound (%s)", self.vip.ip, self.reason)
             a.unbind(ip)
-        able = a.kernel.link.number and ip not in a.kernel.addresses and now >= at.retry
+        able = a.kernel.link.number and self.vip.key not in a.kernel.addresses and now >= at.retry
         able = strict and self.seen.lock is Lock.MINE if bound else able
         late = strict and not a.in_time(a.clock.now())  # we may have been stopped since `now`
         if late or not (decision.wanted and able):
@@ -2229,7 +2234,7 @@ class Vip:
             self.story.moved(a.wire.view(self.vip.address, now), a.config.probe_count)
             again = f", after {fails} failures" if fails else ""
             self.failed, self.step, at.trusted, at.announce = (0, ""), 0, now, math.inf
-            a.kernel.addresses[ip] = True
+            a.kernel.addresses[self.vip.key] = True
             a.wire.forget(self.vip.address)
             log.info("vip=%s bound on %s (%s)%s", self.vip.ip, a.config.interface, self.reason, again)
             a.save_soon()
@@ -2731,7 +2736,7 @@ class _Kernel:
     """The kernel's view of the interface, as last seen."""
 
     link: Link = field(default_factory=Link)
-    addresses: dict[Address, bool] = field(default_factory=dict)  # True: LinK added it
+    addresses: dict[str, bool] = field(default_factory=dict)  # with their prefix lengths; True: LinK added it
     own: dict[int, str] = field(default_factory=dict)  # this host's own one per IP version
     foreign: frozenset[str] = frozenset()  # those that LinK did not add, without their prefix lengths
     due: float = -math.inf  # when to look again
@@ -2790,13 +2795,13 @@ class Agent:
             self._sync()
         number, password = saved.get("session") or (None, "")
         self.referee.start((number, bytes.fromhex(password)) if number else None, self._record())
-        for ip in [ip for ip, ours in self.kernel.addresses.items() if ours]:
+        for ip in [ipaddress.ip_interface(text) for text, ours in self.kernel.addresses.items() if ours]:
             if (vip := known.get(str(ip.ip))) is None:
                 log.warning("%s was left by an earlier process and is not configured: removed", ip)
             elif ip != vip.bound and not self.lifetime:  # bound by an earlier version: never none of both
                 with contextlib.suppress(OSError):
                     self.network.add(vip.bound)
-                    self.kernel.addresses[vip.bound] = True
+                    self.kernel.addresses[vip.key] = True
             if vip is None or ip != vip.bound:
                 self.unbind(ip)
         for address, vip in known.items():
@@ -3011,16 +3016,17 @@ class Agent:
         if began < old.due:
             return
         try:
-            link, addresses, own = self.network.sync()
+            link, found, own = self.network.sync()
         except OSError as error:
             log.log(logging.DEBUG if old.error else logging.WARNING, "%s: %s", self.config.interface, error)
             old.error, old.due, old.again = str(error), began + TICK, began + TICK
             return
         again = began + min(TICK, 30 * (self.clock.now() - began))
-        foreign = frozenset(str(ip.ip) for ip, ours in addresses.items() if not ours)
+        addresses = {str(ip): ours for ip, ours in found.items()}
+        foreign = frozenset(str(ip.ip) for ip, ours in found.items() if not ours)
         self.kernel = _Kernel(link, addresses, own, foreign, began + 5 * TICK, again)
         for address, vip in self.vips.items():
-            was, there = old.addresses.get(vip.vip.bound), addresses.get(vip.vip.bound)
+            was, there = old.addresses.get(vip.vip.key), addresses.get(vip.vip.key)
             if was and not there and link.number:
                 by = "somebody else, or its lifetime has ended" if self.config.at_most_one else "somebody else"
                 log.warning("vip=%s was removed by %s", vip.vip.ip, by)
@@ -3050,7 +3056,7 @@ class Agent:
         except OSError as error:
             log.error("%s cannot be removed: %s", ip, error)
             return
-        self.kernel.addresses.pop(ip, None)
+        self.kernel.addresses.pop(str(ip), None)
         self.news(str(ip.ip))
         self.save_soon()
 
@@ -3066,7 +3072,7 @@ class Agent:
     # -- the registry ------------------------------------------------------------------------------------
 
     def _manage(self, vip: VirtualIP, state: State = State.FAILING, story: Story | None = None) -> Vip:
-        adopted, story = self.kernel.addresses.get(vip.bound, False), story or Story()
+        adopted, story = self.kernel.addresses.get(vip.key, False), story or Story()
         story.began = self.clock.stamp()
         self.vips[vip.address] = managed = Vip(self, vip, state if adopted else State.FAILING, adopted, story)
         if adopted:

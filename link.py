@@ -3113,6 +3113,10 @@ class Agent:
     def _stopped(self) -> bool:
         now = self.loop.now
         if self.execute is not None:
+            for vip in self.vips.values() if self.lifetime and self.in_time(self.clock.now()) else ():
+                if vip.bound and vip.lock(now).lock is Lock.MINE:  # the next process has all of its lifetime to begin
+                    with contextlib.suppress(OSError):
+                        self.network.add(vip.vip.bound, self.lifetime)
             self.notices.end()
             self.refuse("restarting")
             return True

@@ -1275,6 +1275,19 @@ def test_at_start_bound_addresses_stay_strays_of_ours_go_and_foreign_ones_are_le
     assert before - set(network.kernel) == {stray}
 
 
+@table("age, renewed", [(1.3, 1), (1.5, 0)])
+def test_with_at_most_one_the_next_program_has_an_address_for_its_whole_lifetime_if_the_session_lives_longer(
+    tmp_path, monkeypatch, age, renewed
+):
+    one = ByHand(tmp_path, **WITH_ZOOKEEPER, promise="at-most-one")
+    one.run(2)
+    before = len(one.network.did("add"))
+    assert one.ip()["bound"] and one.agent.lifetime == 2  # s, and 0.6 s of slack, of a session of 4 s
+    monkeypatch.setattr(one.agent.referee, "age", lambda now: age)
+    one.agent.execute = lambda: None
+    assert one.agent.turn(math.inf) and len(one.network.did("add")) - before == renewed
+
+
 def test_a_configured_ip_that_the_host_has_for_itself_is_failing_and_left_alone(tmp_path):
     network, own = FakeNetwork(), ipaddress.ip_interface(VIP)
     network.kernel[own] = False

@@ -2277,7 +2277,7 @@ class Vip:
 
     def hear(self, heard: Heard, known: bool, fresh: bool, now: float) -> None:
         """Somebody has, asks for, wants or gives it."""
-        unknown = self.lock(now).lock is Lock.UNKNOWN
+        unknown = heard.kind is not Kind.CLAIM and self.lock(now).lock is Lock.UNKNOWN
         if heard.asks and heard.broadcast and unknown:  # else the queue says who goes first
             self.agent.wire.give_way(self.vip.address, heard.mac)
         if heard.kind is Kind.GIVE and unknown and not heard.broadcast:

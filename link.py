@@ -1479,7 +1479,7 @@ class Netlink:
     def __init__(self) -> None:
         self._number = 0
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 2, 0))  # never for ever
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(2 * TICK), 0))
 
     def ask(self, request: int, flags: int, head: bytes, more: Attributes | None = None) -> list[bytes]:
         """The bodies of all answers; behind the request's `head` come its attributes.
@@ -2747,6 +2747,7 @@ class _Kernel:
 class Agent:
     """One host's agent: everything but post() runs in the loop's thread."""
 
+    SLACK = 0.6  # seconds by which the kernel's timer may end an address too late
     hears_nobody = "hears nobody: neither the holder nor any witness answers; check its switch port and VLAN"
 
     def __init__(
@@ -3063,11 +3064,11 @@ class Agent:
     @property
     def lifetime(self) -> int:
         """At most one: the kernel's own deadline, in whole seconds, over before the session is; 0: none."""
-        return max(1, int(self.referee.timeout * 0.75 - 0.6)) if self.config.at_most_one else 0
+        return max(1, int(self.referee.timeout * 3 / 4 - self.SLACK)) if self.config.at_most_one else 0
 
     def in_time(self, now: float) -> bool:
-        """Whether a lifetime begun now ends, with 0.6 s of slack for the kernel's timer, before the session can."""
-        return self.referee.age(now) <= self.referee.timeout - self.lifetime - 0.6
+        """Whether a lifetime begun now ends before the session can."""
+        return self.referee.age(now) <= self.referee.timeout - self.lifetime - self.SLACK
 
     # -- the registry ------------------------------------------------------------------------------------
 
@@ -3714,7 +3715,7 @@ class Server(socketserver.ThreadingTCPServer):  # HTTPServer's look-up of its ow
         try:
             client, address = super().get_request()
         except OSError:
-            threading.Event().wait(0.1)
+            threading.Event().wait(ANSWER)
             raise
         if self.tls:  # the handshake is at the first read: its thread's, not the acceptor's
             client = self.tls.wrap_socket(client, server_side=True, do_handshake_on_connect=False)
@@ -3724,7 +3725,7 @@ class Server(socketserver.ThreadingTCPServer):  # HTTPServer's look-up of its ow
         """In a new thread. Raises RuntimeError where there is none to be had."""
         if not self._free.acquire(blocking=False):
             self._cut(math.inf, 1)
-            if not self._free.acquire(timeout=0.2):
+            if not self._free.acquire(timeout=2 * ANSWER):
                 raise RuntimeError("busy")
         self.clients[request] = time.monotonic() + REQUEST_TIME
         super().process_request(request, client_address)
@@ -3758,7 +3759,7 @@ def serve_api(agent: Api, clients: dict[Any, float]) -> None:
             if str(error) != trouble:
                 log.warning("API: %s: %s; the IPs are served, and it is tried again", agent.config.listen, error)
             trouble = str(error)
-        threading.Event().wait(1)
+        threading.Event().wait(TICK)
 
 
 ################################################################################

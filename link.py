@@ -2522,6 +2522,8 @@ class Store:
         self._disk.submit(self._write_changes)
 
     def _write_changes(self) -> None:
+        if not self._changes:
+            return  # written with those before it
         with contextlib.suppress(OSError):
             with open(self._dir / "history", "ab", opener=_private) as file:
                 while self._changes:  # a torn line before it takes none along

@@ -742,12 +742,12 @@ class Wire:
     def deaf(self, now: float, but: Collection[str] | None) -> float:
         """For how long no witness has answered, but for these (the accused's own); 0: one does, or none ever did.
 
-        Without an accused (None) any frame is proof enough.
+        Without an accused (None) any frame is proof enough that has come since they were asked.
         """
-        if but is None and now - self._heard <= TICK:
-            return 0.0
         owing = [w.asked for address, w in self._witnesses.items() if w.met and address not in (but or ())]
-        return max(0.0, now - max(owing) - self._interval * self.QUICK / 2) if owing else 0.0
+        if not owing or (but is None and self._heard >= max(owing) and now - self._heard <= TICK):
+            return 0.0
+        return max(0.0, now - max(owing) - self._interval * self.QUICK / 2)
 
     def known(self) -> Collection[str]:
         """The witnesses' addresses."""
@@ -1199,7 +1199,7 @@ class Referee:
             place.busy = True
         if not self._connected or not self._client.connected:
             return  # else kazoo would keep it, and send it when it is connected again: too late to be true
-        if len(self._out) >= self.WINDOW:
+        if len(self._out) >= self.WINDOW and call != "sync":  # that goes before the listings which wait for its word
             first = place in (None, self._hosts) or place.want is Want.FIRST
             send = functools.partial(self._ask, place, call, *args, then=then, **more)
             return (self._later.appendleft if first else self._later.append)(send)
@@ -1292,7 +1292,8 @@ class Referee:
         elif not place.heeded and place.want is not Want.GONE:
             pass  # who decides is told of the listing, and answers by want()
         elif out:
-            place.listed = -math.inf  # a lock that is being given back is ours no more
+            if not stands:
+                place.listed = -math.inf  # a lock that is being given back is ours no more
             self._ask(place, "delete", f"{path}/{out[0]}")
         elif place.want is Want.GONE:
             del self._places[place.address]
@@ -1330,7 +1331,7 @@ class Referee:
         name, data = self._config.hostname, json.dumps(hosts.mine._asdict()).encode()
         if hosts.owner == -1:
             self._ask(hosts, "create", f"{hosts.path}/{name}", data, ephemeral=True)
-        elif hosts.owner == hosts.dead:
+        elif hosts.owner == hosts.dead != 0:  # 0 has a node that lasts: nobody's session
             self._ask(hosts, "delete", f"{hosts.path}/{name}")
         elif hosts.owner == self._own and hosts.records[name] != Record.parse(data):
             hosts.owner = None  # once
@@ -2164,8 +2165,7 @@ class Vip:
             self.story.before = f"; {lock.queue[0].host} had it before"
         if lock.lock is Lock.MINE and before.queue and not {*new} <= {*old}:
             self.announce_anew(now)  # who joins may bring clients with stale caches
-        session, node = self.took
-        if session and any(c.session == session and c.node != node for c in lock.queue):
+        if self.took[0] and any(c.session == self.took[0] and c.node != self.took[1] for c in lock.queue):
             self.took, at.quiet = (0, ""), now + QUIET
             log.warning("vip=%s who was taken for dead lives: no take-over for %.0f s", self.vip.ip, QUIET)
         wire, bound, fit = a.wire.view(address, now), self.bound, not self.trouble(now)
@@ -2213,8 +2213,9 @@ class Vip:
         a, at, ip, bound, strict = self.agent, self.at, self.vip.bound, self.bound, self.agent.config.at_most_one
         if bound and not decision.wanted:
             at.announce, at.given = math.inf, (b"", -math.inf)
-            log.info("vip=%s unbound (%s)", self.vip.ip, self.reason)
             a.unbind(ip)
+            if not self.bound:
+                log.info("vip=%s unbound (%s)", self.vip.ip, self.reason)
         able = a.kernel.link.number and self.vip.key not in a.kernel.addresses and now >= at.retry
         able = strict and self.seen.lock is Lock.MINE if bound else able
         late = strict and not a.in_time(a.clock.now())  # we may have been stopped since `now`
@@ -2783,8 +2784,10 @@ class Agent:
         """Load what is configured, adopt what an earlier process left, begin to contend."""
         saved = self.store.load_session()
         vips = {vip.address: vip for vip in [*self.store.load_ips(), *self.config.virtual_ips]}
-        self.peers = {host: Record.parse(json.dumps(each).encode()) for host, each in saved.get("hosts", {}).items()}
-        self.macs.update(saved.get("macs", {}))
+        if self.config.zookeeper:  # else nobody would ever tell who else has joined or left
+            hosts = saved.get("hosts", {})
+            self.peers = {host: Record.parse(json.dumps(each).encode()) for host, each in hosts.items()}
+            self.macs.update(saved.get("macs", {}))
         self.loop.now = self.loop.distrusted = self.clock.now()
         self._sync()
         states = {address: State(word) for address, word in saved.get("states", {}).items()}
@@ -3091,8 +3094,6 @@ class Agent:
 
     def drop(self, vip: Vip) -> None:
         """It is here no more."""
-        if vip.bound:
-            self.unbind(vip.vip.bound)
         self.referee.want(vip.vip.address, Want.GONE)
         self.wire.remove(vip.vip.address)
         self.vips.pop(vip.vip.address, None)
@@ -3134,6 +3135,7 @@ class Agent:
         for vip in left:
             log.warning("vip=%s stays bound here: no other host can take it", vip.vip.ip)
             self.wire.announce(vip.vip.address, ask=False)  # clients may follow one that took it, and stops, too
+        self.loop.turns = -1  # what follows is no turn, to the watchdog
         self.notices.end()
         self.refuse("stopping")
         self.save()

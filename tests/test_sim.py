@@ -1132,6 +1132,9 @@ SCENES: list[tuple[str, int | list[int], dict[str, Any], str]] = [  # name, seed
     ("a deaf standby with a witness accuses nobody", 5, {},
      "first deaf, 20, first is failing, first hears nobody, first has no place, first ends deaf, 20, vip stays,"
      " vip settles"),
+    *(("a standby that goes deaf takes nothing without a lock, either", 8, more, f"{before}first deaf, 5, vip stays,"
+       " first ends deaf, 5, vip stays, vip never twice")
+      for more, before in (({"zookeeper": False}, ""), ({}, "zookeeper dies, 10, "))),
     # there is no witness at all: it cannot be missed
     ("a standby whose own cable is out accuses nobody although it reaches ZooKeeper", 5,
      {"hosts": 2, "witness": False}, "first cable, 20, vip stays"),

@@ -122,19 +122,55 @@ class ConfigError(Exception):
 ################################################################################
 
 
-def take(raw: Any, known: Iterable[str], what: str) -> dict[str, Any]:
-    """A copy of the mapping `raw`; Invalid where it is none or has a key that is not known."""
-    if not isinstance(raw, dict):
-        raise Invalid(what, f"{what} must be an object such as {{{next(iter(known))}: ...}}")
-    if unknown := set(raw) - set(known):
-        raise Invalid(what, f"unknown field {sorted(map(str, unknown))[0]!r}")
-    return dict(raw)
+Shape = Mapping[str, Any]  # a JSON Schema in few words: bodies are checked by it, and it stands in /openapi.json
+JSON_TYPES = {dict: "object", list: "array", str: "string", int: "integer", type(None): "null"}
 
 
-def whole(value: Any, low: int, high: int, what: str) -> int:
-    """The number, if it is one in this range. Raises Invalid."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise Invalid(what, f"{what} must be a whole number from {low} to {high}")
+def _object(title: str, *required: str, **properties: Shape) -> Shape:
+    like = f"an object such as {{{next(iter(properties))}: ...}}"
+    known = {"required": [*required], "properties": properties, "additionalProperties": False}
+    return {"title": title, "type": ["object"], "description": like, **known}
+
+
+def _text(description: str, pattern: str = "", *more: str) -> Shape:
+    return {"type": ["string", *more], "description": description, **({"pattern": pattern} if pattern else {})}
+
+
+_PORT = {"type": ["integer"], "minimum": 1, "maximum": 65535, "description": "a whole number from 1 to 65535"}
+CHECK = _object(
+    "health check", "type", "host", "port", type=_text("TCP or HTTP", "^([Tt][Cc][Pp]|[Hh][Tt][Tt][Pp])$"), port=_PORT,
+    host=_text("a host name or an address", "^[0-9A-Za-z._:-]{1,253}$"),
+    path=_text("a path that begins with / and has no spaces", "^(/[!-~]*)?$", "null"))  # fmt: skip
+_MORE: dict[str, Shape] = {  # null, and 0, as clients in Go say them: the default
+    "checks": {"type": ["array", "null"], "items": CHECK, "description": "a list"},
+    "healthcheck_interval": {
+        "type": ["integer", "null"], "minimum": 0, "maximum": 3600, "description": "a whole number from 1 to 3600"},
+}  # fmt: skip
+_IP = _text("text such as 10.0.0.10/32")
+IP = _object("IP", "ip", ip=_IP, id=_text("text", "", "null"), **_MORE)
+NEW_IP = _object("IP", "ip", ip=_IP, id=_text("left out: LinK gives it", "^$", "null"), **_MORE)
+CHANGE = _object("IP", healthchecks=_MORE["checks"], **_MORE)
+ENDPOINT = _object("endpoint", "plugin_config", plugin=_text("arp", "^arp$"),
+                   plugin_config=_object("plugin_config", "ip", ip=_IP), **_MORE)  # fmt: skip
+
+
+def valid(value: Any, shape: Shape, what: str = "", of: str = "") -> Any:
+    """The value, if it has this shape. Raises Invalid."""
+    of = shape.get("title", of)
+    right = JSON_TYPES.get(type(value)) in shape["type"]
+    if isinstance(value, int):
+        right = right and shape["minimum"] <= value <= shape["maximum"]
+    if isinstance(value, str):
+        right = right and bool(re.fullmatch(shape.get("pattern", "(?s).*"), value))
+    if not right:
+        raise Invalid(of, f"{what or of} must be {shape['description']}")
+    if isinstance(value, dict):
+        if unknown := value.keys() - shape["properties"].keys():
+            raise Invalid(of, f"unknown field {sorted(map(str, unknown))[0]!r}")
+        for key in dict.fromkeys([*shape["required"], *value]):
+            valid(value.get(key), shape["properties"][key], key, of)
+    for each in value if isinstance(value, list) else ():
+        valid(each, shape["items"], what, of)
     return value
 
 
@@ -153,29 +189,12 @@ class HealthCheck:
     @classmethod
     def parse(cls, raw: Any) -> HealthCheck:
         """Raises Invalid."""
-        got = take(raw, ("type", "host", "port", "path"), "health check")
-        kind, host, path = str(got.get("type", "")).upper(), got.get("host"), got.get("path")
-        path = "/" if path in (None, "") else path
-        if kind not in ("TCP", "HTTP"):
-            raise Invalid("health check", "type must be TCP or HTTP")
-        if not isinstance(host, str) or not re.fullmatch(r"[0-9A-Za-z._:-]{1,253}", host):
-            raise Invalid("health check", "host must be a host name or an address")
-        if not isinstance(path, str) or not re.fullmatch(r"/[!-~]*", path):
-            raise Invalid("health check", "path must begin with / and have no spaces")
-        return cls(kind, host, whole(got.get("port"), 1, 65535, "port"), path)
+        got = valid(raw, CHECK)
+        return cls(got["type"].upper(), got["host"], got["port"], got.get("path") or "/")
 
 
-def parse_checks(raw: Any) -> tuple[HealthCheck, ...]:
-    """A list of checks, or nothing at all. Raises Invalid."""
-    if not isinstance(raw, list | None):
-        raise Invalid("health check", "checks must be a list")
-    return tuple(HealthCheck.parse(item) for item in raw or [])
-
-
-def parse_address(text: Any) -> Address:
+def parse_address(text: str) -> Address:
     """An address a host can share; without a prefix length /32 or /128. Raises Invalid with the reason."""
-    if not isinstance(text, str):
-        raise Invalid("IP", 'ip is missing or no text; send {"ip": "10.0.0.10/32"}')
     try:
         ip = ipaddress.ip_interface(text)
     except ValueError as error:
@@ -210,13 +229,9 @@ class VirtualIP:
     @classmethod
     def parse(cls, raw: Any, interval: int) -> VirtualIP:
         """From a request's body, a configuration entry or the state file; `interval` is the default. Raises Invalid."""
-        got = take(raw, ("ip", "id", "checks", "healthcheck_interval"), "IP")
-        every = got.get("healthcheck_interval")
-        every = interval if every in (None, 0) and every is not False else every  # Go leaves out, or says 0
-        every = whole(every, 1, 3600, "healthcheck_interval")
-        if not isinstance(name := got.get("id") or "", str):
-            raise Invalid("IP", "id must be text")
-        return cls(parse_address(got.get("ip")), parse_checks(got.get("checks")), every, name)
+        got = valid(raw, IP)
+        checks = tuple(map(HealthCheck.parse, got.get("checks") or ()))
+        return cls(parse_address(got["ip"]), checks, got.get("healthcheck_interval") or interval, got.get("id") or "")
 
     @functools.cached_property
     def address(self) -> str:
@@ -3163,9 +3178,7 @@ class Api(Agent):
         raise LinkError(404, "not found", resource="IP")
 
     def add_ip(self, raw: Any) -> Change:
-        """POST /ips. Raises LinkError; then nothing has changed."""
-        if isinstance(raw, dict) and raw.get("id"):
-            raise Invalid("IP", "id is given by LinK; leave it out")
+        """POST /ips: this host shares it, too. Raises LinkError; then nothing has changed."""
         vip = VirtualIP.parse(raw, self.config.health_check_interval)
         if self.stopping is not None:
             raise LinkError(503, "stopping", "this agent ends: ask again when the next one answers")
@@ -3201,11 +3214,11 @@ class Api(Agent):
         return vip
 
     def update_ip(self, key: str, raw: Any) -> Change:
-        """PATCH or PUT /ips/:id: the checks are replaced; nothing moves unless one of them fails."""
+        """PATCH or PUT /ips/:id: the checks are replaced. Nothing moves unless one of them fails."""
         managed = self._of_api(key, "change")
         if managed.intent is Intent.DELETE:
             raise LinkError(404, "not found", resource="IP")
-        got = take(raw, ("healthchecks", "checks", "healthcheck_interval"), "IP")
+        got = {**raw}
         got |= {"checks": got.pop("healthchecks")} if "healthchecks" in got else {}  # its older name
         vip = VirtualIP.parse({**managed.vip.to_json(), **got}, self.config.health_check_interval)
         yield self.store.save_ip(vip)
@@ -3214,7 +3227,7 @@ class Api(Agent):
         return show(managed, self.loop.now)
 
     def delete_ip(self, key: str, who: str = "API") -> Change:
-        """DELETE /ips/:id: bound here only until a waiting host is heard to have it, at most a second."""
+        """DELETE /ips/:id: this host shares it no more. Bound until a waiting host is heard to have it, at most 1 s."""
         vip = self._of_api(key, "remove")
         yield self.store.remove_ip(vip.vip.address)
         if self.vips.get(vip.vip.address) is not vip:
@@ -3224,7 +3237,7 @@ class Api(Agent):
         return vip.order("delete", who, self.loop.now)
 
     def take_lock(self, key: str, who: str = "API") -> Future[Any]:
-        """POST /ips/:id/lock: when the future is done this host holds the IP. Raises LinkError."""
+        """POST /ips/:id/lock: this host takes it. The future is done when this host holds it. Raises LinkError."""
         vip, lock = self._movable(key)
         if vip.state is State.FAILING:
             raise LinkError(409, "failing", f"this host cannot take {vip.vip.ip}: {vip.trouble(self.loop.now)}")
@@ -3237,7 +3250,7 @@ class Api(Agent):
         return vip.order("lock", who, self.loop.now)
 
     def failover(self, key: str, who: str = "API") -> Future[Any]:
-        """POST /ips/:id/failover on the holder: the next contender gets the IP. Raises LinkError."""
+        """POST /ips/:id/failover: this host, the holder, gives it to the next one. Raises LinkError."""
         vip, lock = self._movable(key)
         if not (lock.place == 0 if lock.queue else vip.bound):
             holder = lock.queue[0].host if lock.queue else "another host, or nobody,"
@@ -3259,14 +3272,14 @@ class Api(Agent):
         return vip, lock
 
     def get_ip(self, key: str) -> dict[str, Any]:
-        """GET /ips/:id."""
+        """GET /ips/:id: one of them, with its history."""
         vip = self.find(key)
         return {"ip": {**show(vip, self.loop.now), "history": [*vip.story.history]}}
 
     def list_ips(
         self, words: Callable[[Vip, float], Any] = show, then: Callable[[list[Any]], Any] = lambda shown: {"ips": shown}
     ) -> Future[Any]:
-        """GET /ips; in slices, so that the wire is heard meanwhile."""
+        """GET /ips: the IPs that this host shares. In slices, so that the wire is heard meanwhile."""
         future, left, shown = Future[Any](), [*self.vips.values()], list[Any]()
 
         def go_on() -> None:
@@ -3278,7 +3291,7 @@ class Api(Agent):
         return future
 
     def health(self) -> dict[str, Any]:
-        """GET /health: that it is answered proves that the loop goes round."""
+        """GET /health: what is wrong here. That it is answered proves that the loop goes round."""
         counts = {state.value: sum(vip.state is state for vip in self.vips.values()) for state in State}
         referee, timeout = self.referee, self.referee.timeout or None
         met = self.wire.met_witness() or not self.wire.known()
@@ -3369,7 +3382,7 @@ class Document(NamedTuple):
 
 
 def metrics(agent: Api) -> Future[Any]:
-    """GET /metrics; who asks writes the numbers down, not the loop."""
+    """GET /metrics: numbers for Prometheus. Who asks writes them down, not the loop."""
     health = agent.health()
     host = {name: of(agent, health) for name, (_, of) in OF_HOST.items()}
     return agent.list_ips(
@@ -3488,10 +3501,13 @@ MAX_BODY = 65536
 REQUEST_TIME = LONG  # from the connect to the end of the request; twice what the loop has for its answer
 MAX_REQUESTS = 64  # at the same time
 IP_FREEBIND = 15  # <linux/in.h>: bind to an address that is not there yet
+# Methods, path ({id} is an id or an address), what else the loop's function gets (a Shape: the body; client, accept),
+# status of success, function
+Route = tuple[str, str, Any, int, Callable[..., Any]]
 
 
-def routes(agent: Api) -> list[tuple[str, str, str, int, Callable[..., Any]]]:
-    """Methods, path ({} is an id or an address), what else the loop's function gets, status of success, function."""
+def routes(agent: Api) -> list[Route]:
+    """The API."""
 
     def endpoint(vip: Vip, now: float) -> dict[str, Any]:
         return {**show(vip, now), "plugin": "arp", "election_key": vip.vip.address}
@@ -3500,37 +3516,62 @@ def routes(agent: Api) -> list[tuple[str, str, str, int, Callable[..., Any]]]:
         return endpoint(agent.find(key), agent.loop.now)
 
     def front(accept: str) -> Any:
+        """GET /: the page for a browser, else the links."""
         if "text/html" in accept:
             return Document("text/html; charset=utf-8", PAGE)
-        return {"version": VERSION, "links": ["/ips", "/health", "/metrics", "/version"]}
+        return {"version": VERSION, "links": ["/ips", "/health", "/metrics", "/version", "/openapi.json"]}
 
     def add(raw: Any) -> Change:
-        got = take(raw, ("plugin", "plugin_config", "checks", "healthcheck_interval"), "endpoint")
-        if got.pop("plugin", "arp") != "arp":
-            raise Invalid("plugin", "the only plugin is arp")
-        got |= take(got.pop("plugin_config", None), ("ip",), "plugin_config")
+        """POST /endpoints: as POST /ips."""
+        got = {key: raw[key] for key in raw if key in IP["properties"]} | raw["plugin_config"]
         made = find((yield from agent.add_ip(got))["id"])
         return {**made, "endpoint": made}  # some of its clients read it bare, some wrapped
 
     return [
         ("GET HEAD", "/", "accept", 200, front),
         ("GET HEAD", "/ips", "", 200, agent.list_ips),
-        ("POST", "/ips", "body", 201, agent.add_ip),
-        ("GET HEAD", "/ips/{}", "", 200, agent.get_ip),
-        ("PATCH PUT", "/(?:ips|endpoints)/{}", "body", 200, agent.update_ip),
-        ("DELETE", "/(?:ips|endpoints)/{}", "client", 204, agent.delete_ip),
-        ("POST", "/ips/{}/lock", "client", 204, agent.take_lock),
-        ("POST", "/(?:ips|endpoints)/{}/failover", "client", 204, agent.failover),
+        ("POST", "/ips", NEW_IP, 201, agent.add_ip),
+        ("GET HEAD", "/ips/{id}", "", 200, agent.get_ip),
+        ("PATCH PUT", "/ips/{id}", CHANGE, 200, agent.update_ip),
+        ("DELETE", "/ips/{id}", "client", 204, agent.delete_ip),
+        ("POST", "/ips/{id}/lock", "client", 204, agent.take_lock),
+        ("POST", "/ips/{id}/failover", "client", 204, agent.failover),
         ("GET HEAD", "/version", "", 200, lambda: {"version": VERSION}),
         ("GET HEAD", "/health", "", 200, agent.health),
-        ("GET HEAD", "/metrics", "", 200, lambda: metrics(agent)),
+        ("GET HEAD", "/metrics", "", 200, functools.partial(metrics, agent)),
+        ("GET HEAD", "/openapi.json", "", 200, lambda: functools.partial(openapi, agent)),
         # in the words of Scalingo/link v3
         ("GET HEAD", "/endpoints", "", 200, lambda: agent.list_ips(endpoint, lambda each: {"endpoints": each})),
-        ("POST", "/endpoints", "body", 201, add),
-        ("GET HEAD", "/endpoints/{}", "", 200, lambda key: {"endpoint": find(key)}),
-        ("GET HEAD", "/endpoints/{}/hosts", "", 200,
+        ("POST", "/endpoints", ENDPOINT, 201, add),
+        ("GET HEAD", "/endpoints/{id}", "", 200, lambda key: {"endpoint": find(key)}),
+        ("PATCH PUT", "/endpoints/{id}", CHANGE, 200, agent.update_ip),
+        ("DELETE", "/endpoints/{id}", "client", 204, agent.delete_ip),
+        ("POST", "/endpoints/{id}/failover", "client", 204, agent.failover),
+        ("GET HEAD", "/endpoints/{id}/hosts", "", 200,
          lambda key: {"hosts": [{"hostname": host} for host in find(key)["hosts"]]}),
     ]  # fmt: skip
+
+
+def openapi(agent: Api) -> dict[str, Any]:
+    """The routes as OpenAPI 3.1. A summary is the sentence after "GET /ips: " in the docstring of the function."""
+    name = {"name": "id", "in": "path", "required": True, "description": "id or address", "schema": {"type": "string"}}
+    error = {"application/json": {"schema": {"type": "object", "properties": {"error": {"type": "string"}}}}}
+    paths, guarded = dict[str, Any](), bool(agent.config.password)
+    for methods, path, takes, status, function in routes(agent):
+        one, body, changes = "{id}" in path, isinstance(takes, Mapping), "GET" not in methods
+        codes = [400, *[401] * guarded, 403, *[404] * one, *[409] * changes, 411, 413, *[415] * body, 503, 504]
+        kinds = {"/": ["application/json", "text/html"], "/metrics": ["text/plain"]}.get(path, ["application/json"])
+        content = {status: {kind: {} for kind in kinds if status != 204}, **dict.fromkeys(codes, error)}
+        said = (getattr(function, "func", function).__doc__ or "").partition(": ")[2].partition(". ")[0].rstrip(".")
+        answers = {str(c): {"description": http.HTTPStatus(c).phrase, "content": content[c]} for c in content}
+        operation = {"summary": said, "responses": answers}
+        if body:
+            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": takes}}}
+        item = paths.setdefault(path, {"parameters": [name]} if one else {})
+        item |= {method.lower(): operation for method in methods.split()}
+    basic = {"securitySchemes": {"basic": {"type": "http", "scheme": "basic"}}}
+    words = {"openapi": "3.1.0", "info": {"title": "LinK", "version": VERSION}, "components": basic}
+    return {**words, "security": [{"basic": []}] * guarded, "paths": paths}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -3575,12 +3616,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._refuse_strangers()
         path, allowed = self.path.partition("?")[0].rstrip("/") or "/", set[str]()
         for methods, pattern, takes, status, function in self.server.routes:
-            found = re.fullmatch(pattern.replace("{}", r"([^/]+(?:/\d+)?)"), path)
+            found = re.fullmatch(re.escape(pattern).replace(r"\{id\}", r"([^/]+(?:/\d+)?)"), path)
             if found and self.command in methods.split():
-                args, body = [*map(urllib.parse.unquote, found.groups())], self._body(takes == "body")
+                args, body = [*map(urllib.parse.unquote, found.groups())], self._body(takes)
                 self.server.clients[self.connection] = math.inf
-                more = {"body": body, "client": self.client_address[0], "accept": self.headers.get("Accept", "")}
-                args += [more[takes]] if takes else []
+                more = {"client": self.client_address[0], "accept": self.headers.get("Accept", "")}
+                args += [body] if isinstance(takes, Mapping) else [more[takes]] if takes else []
                 result = self.server.agent.loop.call(function, *args, timeout=REQUEST_TIME / 2)
                 result = result() if callable(result) else result  # what is long is written here
                 return (503 if isinstance(result, dict) and result.get("healthy") is False else status), result
@@ -3611,8 +3652,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if config.password and not right:
             raise LinkError(401, "unauthorized")
 
-    def _body(self, required: bool) -> Any:
+    def _body(self, shape: Any) -> Any:
         """The JSON body, at most 64 KiB. curl's own content type is accepted: people forget the header."""
+        required = isinstance(shape, Mapping)
         lengths = self.headers.get_all("Content-Length", [] if required else ["0"])
         if "Transfer-Encoding" in self.headers or not lengths:
             raise LinkError(411, "length required")
@@ -3627,7 +3669,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if len(data) < length:
             raise Invalid("json", "the body is shorter than its Content-Length")
         try:
-            return json.loads(data) if required else None
+            return valid(json.loads(data), shape) if required else None
         except (ValueError, RecursionError) as error:
             raise Invalid("json", str(error)) from None
 

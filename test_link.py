@@ -37,6 +37,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import openapi_spec_validator
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
@@ -421,7 +422,7 @@ def test_an_address_that_hosts_can_share_is_accepted(text, shown):
 @table("text, why", [*REFUSED_ADDRESSES.items(), (["10.0.0.10"], ""), ({"ip": "10.0.0.10"}, "")])
 def test_an_address_that_nobody_can_share_is_refused_with_the_reason(text, why):
     with pytest.raises(Invalid) as error:
-        link.parse_address(text)
+        VirtualIP.parse({"ip": text}, 5)
     assert error.value.body["error"] == "invalid IP"
     assert error.value.body["detail"] and why in error.value.body["detail"]
 
@@ -1902,6 +1903,25 @@ def test_what_is_hardly_http_is_answered_in_json_too(busy, status, data):
     assert re.match(rb"HTTP/1\.[01] %d " % status, head), (head, body)
     assert b"Connection: close" in head and json.loads(body)
     assert busy.ips() == before
+
+
+def test_the_api_is_described_as_it_is_served_and_as_the_readme_says(busy, guarded):
+    before, said = busy.ips(), busy.ask("GET", "/openapi.json").body
+    openapi_spec_validator.validate(said)
+    verbs = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+    known = {(verb, path): item.get(verb.lower()) for path, item in said["paths"].items() for verb in verbs}
+    for (verb, path), operation in known.items():
+        status = busy.ask(verb, path.replace("{id}", "vip-1")).status
+        assert str(status) in operation["responses"] if operation else status == 405, (verb, path, status)
+    told = dict[tuple[str, ...], str]()
+    for calls, status, _ in readme_table("| call | success | what |"):
+        told |= {(*call.replace(":id", "{id}").split(),): status for call in calls.split(", ")}
+    main = [call for call in known if known[call] and call[0] not in ("HEAD", "PUT") and "/endpoints" not in call[1]]
+    assert {*main} == {*told} and all(told[call] in known[call]["responses"] for call in main)
+    assert "/openapi.json" in busy.ask("GET", "/").body["links"]
+    assert "401" not in str(said) and busy.ips() == before
+    said = guarded.ask("GET", "/openapi.json", None, {"Authorization": f"Basic {link.credentials('u', 'p')}"}).body
+    assert said["security"] == [{"basic": []}] and "401" in said["paths"]["/ips"]["get"]["responses"]
 
 
 def test_no_request_body_makes_the_server_fail(busy):

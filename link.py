@@ -146,7 +146,7 @@ _MORE: dict[str, Shape] = {  # null, and 0, as clients in Go say them: the defau
     "healthcheck_interval": {
         "type": ["integer", "null"], "minimum": 0, "maximum": 3600, "description": "a whole number from 1 to 3600"},
 }  # fmt: skip
-_IP = _text("text such as 10.0.0.10/32")
+_IP = _text("text such as 10.0.0.10")
 IP = _object("IP", "ip", ip=_IP, id=_text("text", "", "null"), **_MORE)
 NEW_IP = _object("IP", "ip", ip=_IP, id=_text("left out: LinK gives it", "^$", "null"), **_MORE)
 CHANGE = _object("IP", healthchecks=_MORE["checks"], **_MORE)
@@ -170,7 +170,7 @@ def valid(value: Any, shape: Shape, what: str = "", of: str = "") -> Any:
         for key in dict.fromkeys([*shape["required"], *value]):
             valid(value.get(key), shape["properties"][key], key, of)
     for each in value if isinstance(value, list) else ():
-        valid(each, shape["items"], what, of)
+        valid(each, shape["items"], of=of)
     return value
 
 
@@ -3864,7 +3864,7 @@ class Config:
     @property
     def witness_addresses(self) -> list[str]:
         """`witnesses` as they are read from the wire: FE80::0099 is fe80::99. Raises ValueError."""
-        return [str(ipaddress.ip_address(str(witness))) for witness in self.witnesses]
+        return [str(ipaddress.ip_address(valid(witness, _IP, "each"))) for witness in self.witnesses]
 
     @property
     def notified(self) -> str:
@@ -3922,6 +3922,7 @@ def _wrong_values(c: Config) -> Iterator[tuple[str, Any]]:
             getattr(c, parsed)
         except (ValueError, Invalid) as error:
             yield key, str(error)
+    yield "state_dir", not c.state_dir and "name the whole path of a directory, e.g. /var/lib/link"
     right = re.fullmatch(r"[0-9A-Za-z][\w.-]{0,252}", c.hostname, re.ASCII)
     yield "hostname", not right and f"{c.hostname!r} is not a host name"
     yield "interface", not c.interface and "required; name the one that carries the virtual IPs, e.g. interface: eth0"
@@ -3972,27 +3973,39 @@ def _typed(option: Any, value: Any) -> Any:
     """`value` (text from the environment or a flag, or YAML) as the option's type. Raises ConfigError."""
     kind = type(option.metadata["default"])
     value = _yaml(value, option.name) if isinstance(value, str) and kind is list else value
+    text = isinstance(value, str) and not re.search(r"[\0-\x1f\x7f\ud800-\udfff]", value)
+    if (kind is str and text) or (kind is list and isinstance(value, list)):
+        return value
     with contextlib.suppress(ValueError, OverflowError):
-        if kind is list and isinstance(value, list):
-            return value
-        if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
-            raise ConfigError(
-                f"{option.name}: {value!r} is a number to YAML, maybe not as you wrote it; put it into quotes"
-            )
-        scalar = isinstance(value, str | int | float) and not isinstance(value, bool) and kind is not list
-        if scalar and (kind is not int or float(value) == int(float(value))):
-            return kind(value if kind is str else float(value))
-    words = {str: "text", int: "a whole number", float: "a number", list: "a list"}
-    raise ConfigError(f"{option.name}: {value!r} is not {words[kind]}")
+        number = kind in (int, float) and isinstance(value, str | int | float) and not isinstance(value, bool)
+        if number and (kind is float or float(value) == int(float(value))):
+            return kind(float(value))
+    words = {int: "a whole number", float: "a number", list: "a list"}
+    wanted = "text without control characters, in quotes where YAML takes it for a number, a date, or yes and no"
+    raise ConfigError(f"{option.name}: must be {words.get(kind, wanted)}")  # not what it is: it may be a secret
 
 
 def _yaml(text: str, where: str) -> Any:
+    """What it says. Raises ConfigError with the place, but not with the text that stands there: it may be a secret."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Of two keys of one name YAML would take the last one, and say nothing."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [key.value for key, _ in node.value]
+            for key in (key for key, _ in node.value if names.count(key.value) > 1):
+                why = "a key is there twice: remove one"
+                raise yaml.constructor.ConstructorError(problem=why, problem_mark=key.start_mark)
+            return super().construct_mapping(node, deep)
+
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+        return yaml.load(text, Loader)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # !!bool x: a KeyError
+        mark, why = getattr(error, "problem_mark", None), getattr(error, "problem", None) or "a value cannot be read"
+        at = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        why = re.sub("[\"'].*[\"']", "…", why)
+        raise ConfigError(f"{where}: not valid YAML{at}: {why}; text that is not plain belongs into quotes") from None
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -4004,7 +4017,7 @@ def read_config(path: str) -> dict[str, Any]:
     if not isinstance(got, dict):
         raise ConfigError(f"{path}: must be a mapping of keys to values")
     if unknown := [key for key in got if key not in KEYS.values()]:
-        raise ConfigError(f"{path}: unknown key {unknown[0]!r}; see link.py --help for the keys")
+        raise ConfigError(f"{path}: unknown key {str(unknown[0]).partition(':')[0]!r}; see link.py --help for the keys")
     return got
 
 

@@ -503,9 +503,10 @@ BAD_VALUES: dict[str, list[tuple[Any, str]]] = {  # key: value, or several keys;
     "probe_interval": [(0.001, "use 0.005 "), ({"probe_interval": 2, "session_timeout": 4}, "lower one")],
     "probe_count": [(-1, "use 0 "), (1, "2 or more"), (0, "set it, or use 2")],
     "witnesses": [(["gateway"], "address"), ("gateway", "list"), (["fe80::1%eth0"], "leave out the scope"),
-                  ({"witnesses": ["10.0.0.10"], "ips": [{"ip": VIP}]}, "one of ips")],
+                  ([90], "text"), ({"witnesses": ["10.0.0.10"], "ips": [{"ip": VIP}]}, "one of ips")],
     "promise": [("two", "at-least-one, at-most-one"), ("at-most-one", "set zookeeper")],
-    "max_ips": [(0, "use 1 ")],
+    "max_ips": [(0, "use 1 "), *((value, "whole number") for value in (True, "1.5", [1], math.nan))],
+    "state_dir": [("a\0b", "control characters"), ("\x1b[2J", "control"), ("\udc80", "control"), ("", "whole path")],
     "ips": [
         ({"max_ips": 1, "ips": [{"ip": "10.0.0.1"}, {"ip": "10.0.0.2"}]}, "raise max_ips"),
         ({"ips": {"ip": "10.0.0.1"}}, "list"), (["10.0.0.1"], "object"), ([{"ip": "10.0.0.0/8"}], "network address"),
@@ -548,10 +549,14 @@ def test_a_removed_key_is_refused_wherever_it_is_given(tmp_path, monkeypatch, ca
 
 
 BAD_FILES = {
-    b"interfaces: eth0": "unknown key 'interfaces'; see link.py --help", b"1: eth0": "unknown key 1",
+    b"interfaces: eth0": "unknown key 'interfaces'; see link.py --help", b"1: eth0": "unknown key '1'",
     b"- interface": "mapping", b"eth0": "mapping", b"interface: [": "not valid YAML",
     b"interface: !!python/object:os.system {}": "not valid YAML", b"interface: \xff": "cannot be read",
-    None: "cannot be read",
+    b"interface: eth0\nips: []\nips: []": "line 2, column 1: a key is there twice", b"ips: [{ip: a, ip: b}]": "twice",
+    b"interface: 2026-13-45": "a value cannot be read", b"max_ips: " + b"9" * 5000: "a value cannot be read",
+    **dict.fromkeys((b"user: !!bool maybe", b"user: !!int ''", b"user: !!timestamp x"), "a value cannot be read"),
+    b"interface:\teth0": "line 1, column 11: found character", b"interface: eth0\n---\n": "another document",
+    b"user: \x1b": "a value cannot be read", b"ips: " + b"[" * 9999: "a value cannot be read", None: "cannot be read",
 }  # fmt: skip
 
 
@@ -564,6 +569,18 @@ def test_a_file_that_cannot_be_used_is_refused_with_its_name(tmp_path, content, 
     with pytest.raises(link.ConfigError) as error:
         link.read_config(str(path))
     assert str(path) in str(error.value) and why in str(error.value)
+
+
+@table("wrote", [
+    "'S3CRET", '"S3CRET" x', "S3CRET: x", "*S3CRET", "!S3CRET", "@S3CRET", "%S3CRET", "`S3CRET", "|S3CRET", "[S3CRET]",
+    "{S3CRET: x}", "? S3CRET", '"S3CRET\\e"', "!!binary UzNDUkVU", "- S3CRET", "\n\tS3CRET",
+])  # fmt: skip
+@table("key", ["password", "zookeeper_auth", "on_change"])
+def test_no_error_shows_a_secret(tmp_path, capsys, key, wrote):
+    (tmp_path / "link.yml").write_text(f"interface: eth0\nuser: u\n{key}: {wrote}\n")
+    assert link.main(["--check", "--config", str(tmp_path / "link.yml")]) == 2
+    said = capsys.readouterr().err
+    assert re.match(rf"link.py: ({key}|{tmp_path}/link.yml): ", said) and "S3CRET" not in said
 
 
 def test_a_variable_that_is_no_key_is_warned_of_by_name_alone_at_a_check_and_at_a_start(tmp_path, monkeypatch, capsys):
@@ -665,8 +682,9 @@ def test_a_sigterm_right_before_the_exec_of_a_reload_is_left_to_the_next_program
 
 def test_a_number_where_text_is_wanted_is_refused_since_yaml_may_have_changed_it(tmp_path):
     for text in ("password: 01234", "hostname: 0x10", "user: 1:30"):
-        with pytest.raises(link.ConfigError, match=r"number to YAML.*put it into quotes"):
+        with pytest.raises(link.ConfigError, match=r"in quotes where YAML takes it for a number") as error:
             config_of(tmp_path, **{"password": "x", "user": "x", **yaml.safe_load(text)})
+        assert not re.search(r"\d", str(error.value))
     assert link.make_config({"interface": "eth0"}, {"LINK_HOSTNAME": "16"}, {}).hostname == "16"
 
 

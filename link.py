@@ -597,8 +597,10 @@ def read_frame(frame: bytes) -> Heard | None:
         elif op == Kind.ASK or (op in (Kind.WANT, Kind.GIVE) and frame[32:38] == WORD + b"\0\0"):
             kind, about = Kind(op), frame[38:42]
     elif frame[12:14] == b"\x86\xdd" and len(frame) >= 78 and frame[20:22] == b"\x3a\xff" and frame[54] in (135, 136):
-        kind, end = Kind.ASK if frame[54] == 135 else Kind.CLAIM, 54 + int.from_bytes(frame[18:20], "big")
-        option = frame[max(78, end - 8) : end]
+        end = 54 + int.from_bytes(frame[18:20], "big")
+        kind, option = None, frame[max(78, end - 8) : end]
+        if end >= 78:  # a kernel takes no shorter one
+            kind = Kind.ASK if frame[54] == 135 else Kind.CLAIM
         if kind is Kind.ASK and option[:5] == b"\xfd\x01" + WORD[:3]:  # maybe of another version
             kind = Kind(option[6]) if option[2:] in (WORD + b"\x18\0", WORD + b"\x19\0") else None
     if kind is None:

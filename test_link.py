@@ -991,6 +991,7 @@ NOTHING = {
     "not Ethernet": from_other("probe", 14, b"\0\6"), "IPv4": from_other("probe", 12, b"\x08\0"),
     "a VLAN": from_other("probe", 12, b"\x81\0"), "cut off NA": HEX["NA"][:77], "UDP": from_other("NA", 20, b"\x11"),
     "an echo": from_other("NA", 54, b"\x80"), "through a router (RFC 4861, 7.1)": from_other("NA", 21, b"\xfe"),
+    "shorter than it is (RFC 4861, 7.1)": from_other("NA", 18, b"\0\x17"),
     "ARP of another MAC than it comes from": from_other("reply", 6, MAC), "opcode 26": from_other("GIVE", 21, b"\x1a"),
     "another experiment": from_other("WANT", 32, b"X"), "a later version": from_other("WANT", 35, b"\2"),
     "a later version, ND": from_other("ND WANT", 91, b"\2"), "a later word, ND": from_other("ND WANT", 92, b"\x1a"),

@@ -974,9 +974,9 @@ class Record(NamedTuple):
         """Never fails: what cannot be read is an empty record."""
         try:
             got = json.loads(data)
-            bytes.fromhex(got["mac"].replace(":", ""))
-            own = tuple(str(ipaddress.ip_address(each)) for each in got["addresses"])
-            return cls(got["mac"], own, str(got["boot"]))
+            mac = bytes.fromhex(got["mac"].replace(":", ""))
+            own = tuple(str(ipaddress.ip_address(each)) for each in got["addresses"][: Wire.WITNESSES])
+            return cls(mac.hex(":"), own, str(got["boot"])[:64]) if len(mac) in (0, 6) else cls()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return cls()
 

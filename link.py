@@ -1038,6 +1038,8 @@ class _Hosts(_Place):
 
     mine: Record = field(default_factory=Record)  # what is to stand there
     records: dict[str, Record] = field(default_factory=dict)
+    asked: dict[str, int] = field(default_factory=dict)  # for their records, which watches guard; whose session it is
+    told: bool = True  # what was read
     owners: dict[int, str] = field(default_factory=dict)  # session -> host: of the records, and of who is in a queue
     owner: int | None = None  # the session whose node has our name; -1: there is none; None: yet to be read
     dead: int = 0  # the session of an earlier process of this host: its nodes are to go
@@ -1167,6 +1169,7 @@ class Referee:
 
     def distrust(self, address: str = "") -> None:
         """What ZooKeeper said may be old: ask the leader, and list the queue (or all) again."""
+        self._hosts.asked = self._hosts.asked if address else {}
         self._ask(None, "sync", self._hosts.path)  # answered before the listings are
         for place in [self._places[address]] if address else tuple(self._places.values()):
             place.stale, place.heeded, place.listed = True, False, place.listed if address else -math.inf
@@ -1186,7 +1189,7 @@ class Referee:
     def _on_state(self, session: tuple[int, bytes] | None, expired: bool) -> None:
         self._connected, again = session is not None, session is not None and self._own == _number(session[0])
         self.session = None if expired else session or self.session
-        for gone in (self._out, self._later, self._takes):
+        for gone in (self._out, self._later, self._takes, self._hosts.asked):
             gone.clear()
         for place in self._places.values():
             place.busy, place.stale, place.heeded = False, True, False
@@ -1243,6 +1246,7 @@ class Referee:
             if self._now() - place.not_before > 2 * TICK:  # else it goes on
                 log.error("%s", place.why)
             place.stale, place.not_before, place.refused = True, self._now() + TICK, min(place.refused, sent)
+            self._hosts.asked.clear()  # nor is it known whose record it was
         elif then:
             then(place, answer, sent)
         elif place:  # what counts is the listing after a write, whatever the answer
@@ -1352,6 +1356,7 @@ class Referee:
             self._ask(hosts, "delete", f"{hosts.path}/{name}")
         elif hosts.owner == self._own and hosts.records[name] != Record.parse(data):
             hosts.owner = None  # once
+            hosts.asked.pop(name, None)
             self._ask(hosts, "set", f"{hosts.path}/{name}", data)
 
     def _listed(self, place: _Place, answer: Any, sent: float) -> None:
@@ -1369,22 +1374,29 @@ class Referee:
                 self._news(place.address)
             return
         hosts, kept = self._hosts, {c.session for each in self._places.values() for c in each.queue}
-        kept |= {self._own, hosts.dead}
+        new, hosts.asked = {*children} - hosts.asked.keys(), {host: hosts.asked.get(host, 0) for host in children}
+        kept |= {self._own, hosts.dead, *hosts.asked.values()}
         hosts.owners = {session: host for session, host in hosts.owners.items() if session in kept}
         if gone := hosts.records.keys() - {*children}:
             hosts.records = {host: record for host, record in hosts.records.items() if host not in gone}
             self._news("")
-        hosts.owner = None if self._config.hostname in children else -1
-        for host in children:
-            read = functools.partial(self._read, host)
-            self._ask(hosts, "get", f"{hosts.path}/{host}", then=read, watch=hosts.watch)
+        if self._config.hostname not in children or self._config.hostname in new:
+            hosts.owner = None if self._config.hostname in children else -1
+        for host in filter(new.__contains__, children):
+            read, watch = functools.partial(self._read, host), functools.partial(self._post, self._fired_record, host)
+            self._ask(hosts, "get", f"{hosts.path}/{host}", then=read, watch=watch)
+
+    def _fired_record(self, host: str, _: Any) -> None:
+        self._hosts.asked.pop(host, None)
+        self._fired("", None)
 
     def _read(self, host: str, hosts: _Hosts, answer: Any, _: float) -> None:
         if isinstance(answer, Exception):
-            return  # it has just gone
+            hosts.asked.pop(host, None)  # it has just gone
+            return
         record, owner = Record.parse(answer[0]), _number(answer[1].ephemeralOwner)
         known = hosts.records.get(host) == record and hosts.owners.get(owner) == host
-        hosts.records[host], hosts.owners[owner] = record, host
+        hosts.records[host], hosts.owners[owner], hosts.asked[host] = record, host, owner
         if host == self._config.hostname:
             hosts.owner = owner
             # The same boot and card (or none was known yet): an earlier process of this host. Else a stranger, or this
@@ -1398,10 +1410,16 @@ class Referee:
             taken = owner not in (self._own, hosts.dead)
             other = "another host (give each its own `hostname`), or this one before a reboot"
             self._refuse("name", f"the name {host} is taken in ZooKeeper by {other}" if taken else "")
-        for place in self._places.values() if not known else ():
+        if not known and hosts.told:
+            hosts.told = False
+            self._post(self._tell, hosts)
+
+    def _tell(self, hosts: _Hosts) -> None:
+        """Once for many records: to tell of each of a thousand would keep the loop from all else."""
+        hosts.told = True
+        for place in self._places.values():
             place.queue = _queue((c.node for c in place.queue), hosts.owners)
-        if not known:
-            self._news("")
+        self._news("")
 
 
 def _delete(client: Any, ours: Iterable[str], others: Iterable[str]) -> Any:

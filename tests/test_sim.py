@@ -16,6 +16,7 @@ import functools
 import heapq
 import inspect
 import itertools
+import json
 import logging
 import math
 import os
@@ -1598,6 +1599,27 @@ def test_sessions_that_have_ended_are_forgotten(w, first, second):
         second.start(keep=False)
         w.run(6)
     assert len(first.agent.referee._hosts.owners) <= 4
+
+
+@story([1])
+def test_of_many_records_each_is_read_when_it_is_new_or_another_and_none_is_told_by_itself(w, holder):
+    """A thousand strangers' nodes, read anew at each change and told one by one, kept every agent off ZooKeeper."""
+    read, told, names = list[str](), list[str](), [f"/link/hosts/stranger{n}" for n in range(100)]
+    w.server.refuses = lambda host, call, path: read.extend([path] * (call == "get" and host is holder))
+    news = holder.agent.referee._news
+    holder.agent.referee._news = lambda address: (told.append(address), news(address))
+    for name in names:
+        w.server.put(name, b"", 0x999)
+    w.run(1)
+    assert sorted(read) == sorted(names) and told.count("") < 60
+    read.clear()
+    w.server.set(names[7], json.dumps(link.Record("02:00:00:00:00:07")._asdict()).encode())
+    w.run(1)
+    assert read == [names[7]] and holder.agent.peers["stranger7"].mac == "02:00:00:00:00:07"
+    for name in names:
+        w.server.delete(name)
+    w.run(1)
+    assert len(holder.agent.peers) == 2 and len(holder.agent.referee._hosts.asked) == 3
 
 
 @story([1])

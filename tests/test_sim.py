@@ -1,18 +1,26 @@
 """LinK in a simulated world: virtual time, a simulated LAN and ZooKeeper; the real code of agent, referee and store.
 
-One seed is one run: the same seed gives the same faults, the same frames and the same end, whatever the hash seed.
+One seed is one schedule: the same seed gives the same faults, the same frames and the same end, whatever the hash seed.
 
-    pytest test_sim.py                        the scenarios and the first 200 seeds
-    SEEDS=5000 pytest test_sim.py -k seeds    more of them (SEEDS=7000:9000 for a range)
-    python test_sim.py 4711                   one seed, with its timeline
+    pytest test_sim.py                  the scenes and stories, and a minute of schedules that nobody has seen before
+    python test_sim.py --seed 4711      one schedule, with its timeline
+    python test_sim.py --minutes 10     fresh schedules on all processors; --from 0 begins with that seed
 
 What is simulated is what real networks do to LinK: kernels answer for bound addresses also while an agent is stopped,
 frames are lost and late, TCP holds what cannot pass and delivers it late, sessions end at ZooKeeper's ticks.
+
+An observer looks after every step. I1: an IP is bound by a host that the clients reach, whenever there is one with a
+living agent, but for as long as a session lasts. I2: no two that hear each other have it for longer than they need to
+find out (at-most-one: never). I3: three seconds after the end of all faults (and of the sessions that they have left
+behind) exactly one has it, with its lock, and the clients know which. I4: every change has its reason in the history,
+no order is lost, nothing is left of what has gone.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
+import gc
 import heapq
 import inspect
 import itertools
@@ -25,27 +33,31 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import FunctionType, ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
 from kazoo import exceptions as kazoo
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import link
 from fakes import AtOnce, FakeNetwork, public, table
-from link import Kind, Lock, State
+from link import Intent, Kind, Lock, State
 
 GATEWAY = "192.0.2.254"
 VIPS = ("192.0.2.101/32", "2001:db8::102/128", "192.0.2.103/32")
 FOREVER = float("inf")
-VERBOSE = __name__ == "__main__"
+VERBOSE = False
 READ_FRAME = functools.cache(link.read_frame)
 BARE = functools.cache(lambda ip: str(ip.ip))
 FRAMES = functools.cache(lambda mac, low: REAL_FRAMES(mac, {6: low} if low else {}))
@@ -63,12 +75,17 @@ class Host(FakeNetwork):
     powered: bool = True
     carrier: bool = True
     deaf: bool = False  # sends, but receives no frames of interest
+    dumb: bool = False  # receives, but nothing that it sends arrives
+    muffled: bool = False  # its announcements are dropped by the switch
+    unheard: float = -math.inf  # when one was last lost so, or for `dumb`
     side: int = 0  # of a partition
     cut: bool = False  # from ZooKeeper
     proxy: bool = False  # answers for every address (proxy ARP)
     mute: bool = False  # its answers for virtual addresses are lost
     stopped: bool = False  # SIGSTOP
     starved: float = 0.0  # every turn comes up to so many seconds late
+    loses: bool = False  # the answer to its next write to ZooKeeper: the connection breaks when it has taken effect
+    settings: dict[str, Any] = field(default_factory=dict)  # of this host alone
     boot: int = 0
     agent: link.Api | None = None
     bound: dict[link.Address, float] = field(default_factory=dict)  # and until when
@@ -79,6 +96,7 @@ class Host(FakeNetwork):
     expected: float = FOREVER
     wake_at: float = FOREVER
     states: dict[str, State] = field(default_factory=dict)
+    cache: dict[str, bytes] = field(default_factory=dict)  # of a client: who has which address, by the announcements
     kazoo: SimKazoo | None = None
 
     @property
@@ -93,7 +111,12 @@ class Host(FakeNetwork):
     @property
     def serves(self) -> bool:
         """Whether clients on the LAN reach its addresses."""
-        return self.on_wire and not self.deaf and self.side == 0
+        return self.on_wire and not self.deaf and not self.dumb and self.side == 0
+
+    def shares(self, ip: link.Address) -> bool:
+        """Whether its agent is to serve this IP, and does its work."""
+        managed = self.agent.vips.get(BARE(ip)) if self.agent and self.runs else None
+        return managed is not None and managed.intent is not Intent.DELETE
 
     @property
     def reaches_zookeeper(self) -> bool:
@@ -163,6 +186,8 @@ class Host(FakeNetwork):
         if self.agent:
             self.inbox.append(heard)
             self.wake()
+        elif heard.kind is Kind.CLAIM and heard.broadcast:
+            self.cache[heard.address] = heard.mac
 
     # -- the process
 
@@ -177,7 +202,8 @@ class Host(FakeNetwork):
         self.stopped, self.wake_at, self.expected, self.kazoo = False, FOREVER, FOREVER, None
         self.inbox.clear(), self.held.clear(), self.states.clear()
         world.active = self
-        config = link.make_config({**world.config, "hostname": self.name, "state_dir": str(folder)}, {}, {})
+        own = {**self.settings, "hostname": self.name, "state_dir": str(folder)}
+        config = link.make_config({**world.config, **own}, {}, {})
         pool = AtOnce(check=lambda check, _: "HTTP status 503" if check.host in self.sick else "")
 
         def connect(agent: link.Agent) -> Any:
@@ -186,6 +212,7 @@ class Host(FakeNetwork):
             )
 
         self.agent = link.Api(config, self, link.Store(config), connect, clock=world, pool=pool)
+        self.upgrade = SimUpgrade(self, self.agent)
         self.agent.start()
         self.wake()
         world.note(self.name, "starts")
@@ -209,8 +236,7 @@ class Host(FakeNetwork):
                 self.world.moved(self, managed, self.states.get(address))
                 self.states[address] = managed.state
         if done:
-            self.agent = None
-            self.world.note(self.name, "has stopped")
+            self.end(agent)
             return
         self.expected = agent.expected
         self.wake(self.expected)
@@ -227,10 +253,27 @@ class Host(FakeNetwork):
 
         self.world.after(delay, run)
 
+    def end(self, agent: link.Api) -> None:
+        """It has stopped, or executes the new program in place of itself: nobody may wait for it any more."""
+        self.world.unanswered([call for call in self.world.calls if call[0] is agent])
+        if agent.execute:
+            agent.save()
+            self.kill()
+            self.world.after(0.3, self.start)
+        self.agent = None
+        self.world.note(self.name, "executes itself" if agent.execute else "has stopped")
+
     def kill(self) -> None:
         if self.kazoo and self.kazoo.line:
             self.kazoo.line.closed = True
+        self.world.calls = [call for call in self.world.calls if call[0] is not self.agent]
         self.agent, self.stopped, self.starved = None, False, 0.0
+
+    def reload(self, **settings: Any) -> None:
+        """SIGHUP; with these settings from now on."""
+        self.settings |= settings
+        if self.agent:
+            self.agent.post(self.upgrade.ask)
 
     def sigterm(self) -> None:
         if self.agent:
@@ -262,6 +305,11 @@ class Host(FakeNetwork):
             self.carrier = there
             self.netlink("has a carrier" if there else "has no carrier")
 
+    def fail_over(self) -> None:
+        """The bond goes on with its other card."""
+        self.mac = bytes((*self.mac[:4], self.mac[4] ^ 1, self.mac[5]))
+        self.netlink("has another MAC")
+
     def restart(self, pause: float, rest: float = 0.0) -> None:
         """After a crash."""
         self.kill()
@@ -292,6 +340,21 @@ class Host(FakeNetwork):
         return self.agent.find(self.world.address)
 
 
+class SimUpgrade(link.Upgrade):
+    """Proves in half a second what is always right, for all that it sees of the orders under way."""
+
+    def __init__(self, host: Host, agent: link.Api) -> None:
+        waits = lambda: [FOREVER for call in host.world.calls if call[0] is agent and not call[3].done()]  # noqa: E731
+        super().__init__(agent, [], SimpleNamespace(values=waits))
+        self._host = host
+
+    def _files(self) -> list[bytes]:
+        return []
+
+    def _prove(self) -> None:
+        self._host.later(0.5, lambda: self._agent.post(self._proven, 0, [], self._host.world.time + 3))
+
+
 class SimDisk:
     """Writes the session at once; a change of the IPs takes its time."""
 
@@ -314,6 +377,10 @@ class SimWire:
         self.broken: set[tuple[str, str]] = set()  # (sender, receiver): no frame passes this way
         self.sent: Counter[tuple[str, str]] = Counter()  # (host, asks or claims): frames that agents sent
 
+    def hear_each_other(self, a: Host, b: Host) -> bool:
+        able = all(host.on_wire and not host.deaf and not host.dumb for host in (a, b))
+        return able and a.side == b.side and not {(a.name, b.name), (b.name, a.name)} & self.broken
+
     def send(self, sender: Host, frame: bytes) -> None:
         heard, world = READ_FRAME(frame), self._world
         if not sender.on_wire or heard is None:
@@ -321,9 +388,14 @@ class SimWire:
         self.sent[sender.name, f"{heard.kind.name.lower()}s"] += 1
         if heard.kind is Kind.CLAIM and not any(BARE(ip) == heard.address for ip in sender.bound):
             world.blame(f"{sender.name} announces {heard.address}, which it has not")
+        if sender.dumb or (sender.muffled and heard.kind is Kind.CLAIM):
+            sender.unheard = world.time
+            return
         for host in world.stations:
             if host is not sender and (heard.broadcast or host.mac == frame[:6]):
                 self._pass(sender, host, heard)
+        for client in world.clients if heard.kind is Kind.CLAIM else ():
+            self._pass(sender, client, heard)
 
     def _pass(self, sender: Host, to: Host, heard: link.Heard) -> None:
         chance = self._world.rng.random
@@ -333,7 +405,7 @@ class SimWire:
     def _arrive(self, sender: Host, to: Host, heard: link.Heard) -> None:
         if not to.on_wire or to.deaf or to.side != sender.side or (sender.name, to.name) in self.broken:
             return
-        if heard.asks and sender.on_wire and to.answers(heard.address):
+        if heard.asks and sender.on_wire and not to.dumb and to.answers(heard.address):
             self._pass(to, sender, link.Heard(heard.address, to.mac, Kind.CLAIM, False))
         to.hear(heard)
 
@@ -351,7 +423,8 @@ class Line:
 
     def carry(self, up: bool, do: Callable[[], None]) -> None:
         world = self.host.world
-        self.last[up] = max(self.last[up], world.time + world.rng.uniform(0.0005, 0.0025))
+        slow = world.server.slow * (not up)
+        self.last[up] = max(self.last[up], world.time + world.rng.uniform(0.0005, 0.0025 + slow))
         world.at(self.last[up], self._arrive, up, do)
 
     def _arrive(self, up: bool, do: Callable[[], None]) -> None:
@@ -379,8 +452,9 @@ class SimZooKeeper:
         self._world, self.timeout, self._tick = world, timeout, tick
         self.up, self.zxid = True, 0
         self.stalled = False  # nothing is committed; what any server can answer is
+        self.slow = 0.0  # seconds, at most, that each answer takes longer
         self.refuses: Callable[[Host, str, str], Any] = lambda host, call, path: False
-        self.leaderless: set[str] = set()  # hosts whose server has lost its leader, and does not know it yet
+        self.leaderless: dict[str, Any] = {}  # hosts whose server has lost its leader: the nodes as it knows them
         self.sessions: dict[int, float] = {}  # and when they end
         self.lines: dict[int, Line] = {}
         self.nodes: dict[str, tuple[bytes, int]] = {}  # path -> data and owner
@@ -389,7 +463,7 @@ class SimZooKeeper:
         world.after(tick, self._expire)
 
     def _expire(self) -> None:
-        for session, ends in list(self.sessions.items()) if self.up else ():
+        for session, ends in list(self.sessions.items()) if self.up and not self.stalled else ():
             if ends <= self._world.time:
                 self._world.note("ZooKeeper", f"session {session} has expired")
                 self.end(session)
@@ -409,9 +483,17 @@ class SimZooKeeper:
         """Sessions have outlived the outage, and get a fresh timeout; unless the data is gone."""
         if wiped:
             self.sessions, self.nodes, self._watches, self.zxid = {}, {}, {}, 0
-        for session in () if self.up else self.sessions:
+        for session in () if self.up and not self.stalled else self.sessions:
             self.touch(session)
-        self.up = True
+        self.up, self.stalled, self.slow = True, False, 0.0
+
+    def part(self, host: Host, leader: bool) -> None:
+        """The server of this host has lost its leader, and does not know it yet; or knows: it resets connections."""
+        if not leader:
+            self.leaderless.setdefault(host.name, dict(self.nodes))
+        elif self.leaderless.pop(host.name, None) is not None:
+            for line in [line for line in self.lines.values() if line.host is host]:
+                self._reset(line)
 
     def _reset(self, line: Line) -> None:
         del self.lines[line.session]
@@ -436,17 +518,21 @@ class SimZooKeeper:
         self.sessions.pop(session, None)
         for path in [path for path, (_, owner) in self.nodes.items() if owner == session]:
             self.delete(path)
-        if session in self.lines:
-            self._reset(self.lines[session])
+        if (line := self.lines.get(session)) and line.host.name not in self.leaderless:
+            self._reset(line)
 
     def call(self, line: Line, call: str, *args: Any, watch: bool = False, **more: Any) -> Any:
         """Carry out a request: the answer, or the exception that is one."""
+        nodes = self.nodes
         try:
             if self.refuses(line.host, call, args[0]):
                 raise kazoo.NoAuthError
+            self.nodes = self.leaderless.get(line.host.name, nodes)
             answer = getattr(self, call)(*args, **({"owner": line.session} if call == "create" else {}), **more)
         except kazoo.ZookeeperError as error:
             return error
+        finally:
+            self.nodes = nodes
         if watch:
             self._watches.setdefault((call, args[0]), {})[line] = None
         return answer
@@ -455,8 +541,13 @@ class SimZooKeeper:
         self.zxid += 1
         for key in keys:
             for line in self._watches.pop(key, {}):
-                if self.lines.get(line.session) is line and line.host.kazoo:
+                if self.lines.get(line.session) is line and line.host.name not in self.leaderless:
                     line.carry(False, functools.partial(line.host.kazoo.fire, key))
+
+    def watched(self, below: str = "") -> int:
+        """How many watches living clients have there."""
+        there = (lines for (_, path), lines in self._watches.items() if below in path)
+        return sum(not line.closed for lines in there for line in lines)
 
     def put(self, path: str, data: bytes | None, owner: int) -> None:
         """A node that LinK did not create."""
@@ -503,7 +594,7 @@ class SimZooKeeper:
         if self.get_children(path):
             raise kazoo.NotEmptyError
         del self.nodes[path]
-        self._changed(("get_children", path.rpartition("/")[0]), ("get", path))
+        self._changed(("get_children", path.rpartition("/")[0]), ("get_children", path), ("get", path))
 
     def multi(self, check: list[str], delete: list[str]) -> list[Any]:
         if not {*check, *delete} <= set(self.nodes):
@@ -600,13 +691,16 @@ class SimKazoo:
             reads = call in ("get", "get_children")  # and where there is nothing to create:
             reads = reads or (call == "ensure_path" and args[0] in self._server.nodes)
             alone = self._host.name in self._server.leaderless
-            line.waits = (self._server.stalled and (line.waits or call in ("sync", "multi"))) or (alone and not reads)
+            line.waits = (self._server.stalled and (line.waits or not reads)) or (alone and not reads)
             if line.waits:  # ZooKeeper answers one client's requests in their order
                 world.after(0.02, at_server, line)
             elif self._server.lines.get(line.session) is line:
                 if not alone:
                     self._server.touch(line.session)
                 answer = self._server.call(line, call, *args, watch=bool(watch), **more)
+                if self._host.loses and not reads and call != "sync":
+                    self._host.loses = False
+                    return self._server._reset(line)
                 line.carry(False, lambda: at_client(answer))
 
         self._calls[result] = lambda line: line.carry(True, lambda: at_server(line))
@@ -695,8 +789,13 @@ class World(link.Clock):
         self.zookeeper, self.zookeeper_on_lan = zookeeper, on_lan
         self.refresh = config.pop("announce_interval", 60.0) or 1e9
         check = {vip: [{"type": "HTTP", "host": str(vip.ip), "port": 80}] * checks for vip in self.vips}
-        ips = [{"ip": str(vip), "checks": check[vip], "healthcheck_interval": interval} for vip in self.vips]
-        self.config = {"interface": "eth0", "ips": ips, "zookeeper": "zookeeper:2181" if zookeeper else "", **config}
+        self.ips = {v: {"ip": str(v), "checks": check[v], "healthcheck_interval": interval} for v in self.vips}
+        self.config = {
+            "interface": "eth0",
+            "ips": [*self.ips.values()],
+            "zookeeper": "zookeeper:2181" if zookeeper else "",
+            **config,
+        }
         self.server = SimZooKeeper(self, config.get("session_timeout", 4.0), tick)
         self.wire = SimWire(self)
         macs = self.rng.sample(range(1, 250), hosts)
@@ -704,11 +803,12 @@ class World(link.Clock):
         self.hosts = [Host(self, f"h{n}", bytes((2, 0, 0, 0, 0, m)), own[n]) for n, m in enumerate(macs, 1)]
         self.gateway = Host(self, "gateway", b"\x02\0\0\0\0\xfe", {4: GATEWAY}, powered=witness)
         self.stations = [*self.hosts, self.gateway]
+        self.clients = [Host(self, "client", b"\x02\0\0\0\0\xfd", {}), Host(self, "islander", b"\x02\0\0\0\0\xfc", {})]
         self.active = self.gateway  # whose code runs
         self.roles: dict[str, Host] = {}  # who had the first VIP at first, and who stood by
         self.history: list[str] = []
         self.transitions = 0
-        self.calls: list[tuple[link.Agent, float, str, Any]] = []
+        self.calls: list[tuple[link.Agent, float, str, Any]] = []  # orders; those of a killed agent are gone with it
         self.wrong: list[str] = []
         self.gaps: dict[Any, float] = {}  # per VIP: since when nobody serves it although somebody could
         self.twos: dict[Any, float] = {}  # two that hear each other have a VIP: since when
@@ -725,7 +825,8 @@ class World(link.Clock):
         thread = lambda target, **_: SimpleNamespace(start=target, join=lambda wait: None)  # noqa: E731
         put(mock.patch.multiple(link, Frames=frames, _kazoo_client=client, random=self.rng, boot_id=boot))
         put(mock.patch.multiple(link, REFRESH=self.refresh, ThreadPoolExecutor=lambda *_: SimDisk(self.active)))
-        put(mock.patch.object(link, "threading", SimpleNamespace(Thread=thread)))
+        timer = lambda delay, do, args: SimpleNamespace(start=lambda: self.active.later(delay, do, *args))  # noqa: E731
+        put(mock.patch.object(link, "threading", SimpleNamespace(Thread=thread, Timer=timer)))
         event = {"eventfd": lambda *_: self.stations.index(self.active), "eventfd_read": lambda _: 0}
         event["eventfd_write"] = lambda number, _: self.stations[number].wake()
         put(mock.patch.multiple(os, fsync=lambda _: None, fdatasync=lambda _: None, **event))
@@ -788,8 +889,14 @@ class World(link.Clock):
     def moved(self, host: Host, managed: link.Vip, old: State | None) -> None:
         self.note(host.name, f"{managed.vip.ip} is {managed.state.value}", managed.reason)
         self.transitions += old is not None
-        if not managed.reason:
-            self.blame(f"{host.name} gives no reason for {managed.state.value}")
+        told = managed.story.history[-1] if old else {"to": managed.state.value, "reason": managed.reason}
+        if told["to"] != managed.state.value or not told["reason"]:
+            self.blame(f"{host.name} is {managed.state.value}, and tells {told}")
+
+    def unanswered(self, calls: Iterable[tuple[link.Agent, float, str, Any]]) -> None:
+        for _, when, call, future in calls:
+            if not future.done():
+                self.blame(f"{call} at {when - 1000:.3f} was never answered")
 
     def binders(self, vip: link.Address | None = None) -> list[Host]:
         return [host for host in self.hosts if (vip or self.vips[0]) in host.bound]
@@ -819,16 +926,15 @@ class World(link.Clock):
 
     def look(self) -> None:
         """Time the gaps and the doubles; called whenever something may have changed."""
-        stray = any((h.side or h.deaf) and h.reaches_zookeeper for h in self.hosts) and self.zookeeper
-        able = any(host.serves and host.runs for host in self.hosts) and not stray
+        stray = self.zookeeper and any(h.on_wire and not h.serves and h.reaches_zookeeper for h in self.hosts)
         strict = self.config.get("promise") == "at-most-one"
         for vip in self.vips:
             binders = self.binders(vip)
+            able = not stray and any(host.serves and host.shares(vip) for host in self.hosts)
             self._time(self.gaps, (vip,), able and not any(h.serves for h in binders))
-            for pair in itertools.combinations(self.hosts, 2):
-                a, b = pair
-                hear = a.side == b.side and all(h in binders and h.on_wire and not h.deaf and h.runs for h in pair)
-                self._time(self.twos, (vip, a.name, b.name), hear)
+            for a, b in itertools.combinations(self.hosts, 2):
+                two = a in binders and b in binders and a.runs and b.runs
+                self._time(self.twos, (vip, a.name, b.name), two and self.wire.hear_each_other(a, b))
             if strict and len(binders) > 1:
                 self.blame(f"{vip}: {len(binders)} hosts have it")
 
@@ -876,30 +982,55 @@ class World(link.Clock):
         def sick(*hosts: Host) -> tuple[Callable[[], Any], Callable[[], Any]]:
             return lambda: [h.sick.add(address) for h in hosts], lambda: [h.sick.discard(address) for h in hosts]
 
+        def path(*ways: tuple[Host, Host]) -> tuple[Callable[[], Any], Callable[[], Any]]:
+            pairs = {(a.name, b.name) for a, b in ways}
+            return lambda: self.wire.broken.update(pairs), lambda: self.wire.broken.difference_update(pairs)
+
+        def server(name: str, value: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
+            return lambda: setattr(self.server, name, value), self.server.begin
+
+        other = self.hosts[self.stations.index(host) - 1]
         acts: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+            # the host
             "power": (host.power_off, host.power_on),
-            "cable": (lambda: host.cable(False), lambda: host.cable(True)),
-            "isolate": put("side", 1), "deaf": put("deaf", True), "cut": put("cut", True), "mute": put("mute", True),
-            "proxy": put("proxy", True), "starve": put("starved", 0.4), "delay": put("starved", 0.02),
-            "zookeeper": (self.server.stop, self.server.begin),
-            "freeze": (host.freeze, host.resume),
             "kill": (host.kill, host.start), "forget": (host.kill, lambda: host.start(keep=False)),
             "sigterm": (host.sigterm, lambda: (host.kill(), host.start())),
-            "sick": sick(host), "all sick": sick(*self.hosts),
+            "reload": (host.reload, nothing),
+            "other settings": (lambda: host.reload(probe_interval=0.1, probe_count=5), host.settings.clear),
+            "freeze": (host.freeze, host.resume), "starve": put("starved", 0.4), "delay": put("starved", 0.02),
             "unbind": (lambda: host.unbind(vip, "an operator unbinds"), nothing),
+            "sick": sick(host), "all sick": sick(*self.hosts),
+            # its link
+            "cable": (lambda: host.cable(False), lambda: host.cable(True)),
+            "bond": (host.fail_over, nothing),
+            "isolate": put("side", 1), "deaf": put("deaf", True), "dumb": put("dumb", True), "mute": put("mute", True),
+            "muffle": put("muffled", True),
+            "proxy": (lambda: setattr(self.gateway, "proxy", True), lambda: setattr(self.gateway, "proxy", False)),
+            "half path": path((host, other)), "no path": path((host, other), (other, host)),
+            # ZooKeeper
+            "zookeeper": (self.server.stop, self.server.begin), "stall": server("stalled", True),
+            "slow": server("slow", 0.25), "very slow": server("slow", 1.0),
+            "cut": put("cut", True), "lose": put("loses", True),
+            "leaderless": (lambda: self.server.part(host, False), lambda: self.server.part(host, True)),
             "unlock": (lambda: [self.server.delete(path) for _, _, path in self.queue(vip)[:1]], nothing),
+            # the API
             "lock": (lambda: host.ask("take_lock", address), nothing),
             "failover": (lambda: [h.ask("failover", address) for h in self.binders(vip)], nothing),
+            "delete": (lambda: host.ask("delete_ip", address), lambda: host.ask("add_ip", self.ips[vip])),
         }  # fmt: skip
         acts[kind][not on]()
+        self.clients[1].side = int(any(host.side for host in self.hosts))
         self.disturb()
 
     def heal(self) -> None:
         """All faults end."""
-        self.wire.loss = 0.0
+        self.wire.loss, self.gateway.proxy = 0.0, False
+        self.wire.broken.clear()
         self.server.begin()
         for host in self.hosts:
-            host.side, host.deaf, host.cut, host.starved = 0, False, False, 0.0
+            host.side, host.starved = 0, 0.0
+            host.deaf = host.dumb = host.muffled = host.mute = host.cut = host.loses = False
+            self.server.part(host, leader=True)
             host.sick.clear()
             host.resume()
             host.power_on()
@@ -907,34 +1038,54 @@ class World(link.Clock):
             if host.agent and host.agent.stopping is not None:
                 host.kill()
             host.start()
+        self.clients[1].side = 0
         self.note("fault", "all healed")
         self.disturb()
 
     def settled(self, quiet: float = 10.0) -> None:
-        """Exactly one host has each address, it is the lock's owner, and nothing moves any more."""
+        """Exactly one host has each address, owns its lock, and is known to the clients; and nothing moves any more."""
         self._judge(self.gaps)
         self._judge(self.twos)
         self.look()
-        before = len(self.history), self.transitions
+        before, strict = (len(self.history), self.transitions), self.config.get("promise") == "at-most-one"
         for _ in range(2):
             for vip in self.vips:
-                binders = self.binders(vip)
-                names, queue = (
-                    [host.name for host in binders],
-                    [(name, session) for name, session, _ in self.queue(vip)],
-                )
+                binders, queue = self.binders(vip), [(name, session) for name, session, _ in self.queue(vip)]
+                names, sharers = [host.name for host in binders], [host for host in self.hosts if host.shares(vip)]
                 owner = [(h.name, h.kazoo.client_id[0]) for h in binders if h.kazoo and h.kazoo.client_id]
-                if len(names) != 1 or (self.zookeeper and queue[:1] != owner):
+                if len(names) != bool(sharers) or (self.zookeeper and queue[:1] != owner) or {*binders} - {*sharers}:
                     self.blame(f"{vip}: bound on {names}, queue {queue}")
-                states = {h.name: h.states.get(str(vip.ip)) for h in self.hosts}
+                states = {h.name: h.states.get(BARE(vip)) for h in sharers}
                 if [n for n, s in states.items() if s is State.ACTIVATED] != names:
                     self.blame(f"{vip}: bound on {names}, states {states}")
+                macs = {client.name: client.cache.get(BARE(vip)) for client in self.clients[: 1 if strict else 2]}
+                told = binders and self.time - binders[0].unheard > 1.1 * link.REFRESH  # else it will say so again
+                if told and not {*macs.values()} <= {None, binders[0].mac}:
+                    self.blame(f"{vip}: bound on {names}, clients know {macs}")
             self.run(quiet)
         if (len(self.history), self.transitions) != before:
             self.wrong.append("no rest: " + " | ".join(self.history[before[0] :][:6]))
-        for agent, when, call, future in self.calls:
-            if not future.done() and any(host.agent is agent for host in self.hosts):
-                self.wrong.append(f"{call} at {when - 1000:.3f} was never answered")
+        self.unanswered(self.calls)
+
+    def remains(self) -> bool:
+        """Whether ZooKeeper has sessions of processes that are over: their nodes stand in the queues till they end."""
+        alive = {h.kazoo.client_id[0] for h in self.hosts if h.agent and h.kazoo and h.kazoo.client_id}
+        return not self.server.sessions.keys() <= alive
+
+    def end(self) -> None:
+        """All IPs are taken away, by the API and by reloads: nothing is left of them anywhere."""
+        self.config["ips"] = []
+        for host in self.hosts:
+            for vip in self.vips:
+                host.ask("delete_ip", BARE(vip))
+            host.reload()
+        self.run(8)
+        left = [path for path in self.server.nodes if path.startswith("/link/ips/")]
+        left += [f"{host.name} has {BARE(ip)}" for host in self.hosts for ip in host.bound]
+        left += [f"{host.name} knows {[*host.agent.vips]}" for host in self.hosts if host.agent and host.agent.vips]
+        if left or self.server.watched("/ips/"):
+            self.blame(f"left: {left}, {self.server.watched('/ips/')} watches")
+        self.unanswered(self.calls)
 
     def host(self, name: str) -> Host:
         return next(host for host in self.hosts if host.name == name)
@@ -942,12 +1093,37 @@ class World(link.Clock):
 
 # == Storms: seeded schedules of faults ========================================
 
-KINDS = ("power", "cable", "isolate", "freeze", "starve", "kill", "forget", "sigterm", "unbind", "sick", "all sick")
-ZOOKEEPER_KINDS = ("zookeeper", "cut", "deaf", "lock", "failover", "unlock")
+KINDS = (
+    "power",
+    "kill",
+    "forget",
+    "sigterm",
+    "reload",
+    "other settings",
+    "freeze",
+    "starve",
+    "delay",
+    "unbind",
+    "cable",
+    "bond",
+    "isolate",
+    "deaf",
+    "dumb",
+    "mute",
+    "muffle",
+    "half path",
+    "no path",
+    "lock",
+    "failover",
+    "delete",
+    "sick",
+    "all sick",
+)
+ZOOKEEPER_KINDS = ("proxy", "zookeeper", "stall", "slow", "very slow", "cut", "lose", "leaderless", "unlock")
 
 
 def storm(seed: int) -> World:
-    """One run: a random configuration, random faults, then peace; what is wrong is in `wrong`."""
+    """One run: a random configuration, rounds of random faults and peace; what is wrong is in `wrong`."""
     rng = random.Random(seed)
     zookeeper = rng.random() < 0.65
     strict = zookeeper and rng.random() < 0.25
@@ -958,38 +1134,104 @@ def storm(seed: int) -> World:
     with world:
         world.zookeeper_on_lan = rng.random() < 0.5
         world.gateway.powered = rng.random() < 0.7
-        world.wire.loss = rng.choice((0.0, 0.0, 0.01))
+        added = world.vips[-1:] if rng.random() < 0.3 else []
+        world.config["ips"] = [world.ips[vip] for vip in world.vips if vip not in added]
         together = rng.choice((0.0, 0.001, 1.0))
         for host in world.hosts:
             world.after(rng.uniform(0, together), host.start)
+        for host, vip in itertools.product(world.hosts, added):
+            world.after(together, host.ask, "add_ip", world.ips[vip])
         world.run(timeout + tick + 2)
-        # Binders without a confirmed lock look for a rival on one VIP each 0.4 s; one that is found leads to all.
-        world.two_limit = FOREVER if strict else 1.2 + 0.4 * (len(world.vips) - 1)
+        # Binders without a confirmed lock look for a rival on one VIP each 0.8 s; one that is found leads to all.
+        world.two_limit = FOREVER if strict else 0.8 * (1 + len(world.vips))
         world.gap_limit = FOREVER if strict else timeout + tick + 1.5
-        kinds = [*KINDS[: None if sick else -2], *(ZOOKEEPER_KINDS if zookeeper else ())]
-        kinds = [kind for kind in kinds if not (strict and kind == "unlock")]
-        for _ in range(rng.randint(1, 7)):
-            kind, host, vip = rng.choice(kinds), rng.choice(world.hosts), rng.choice(world.vips)
-            begin = world.time + rng.uniform(0, 12)
-            last = rng.choice((0.05, 0.3, 1.5, 4.0, 9.0)) * rng.uniform(0.5, 1.5)
-            world.at(begin, world.fault, kind, host, vip)
-            world.at(begin + last, world.fault, kind, host, vip, False)
-        world.run(rng.choice((13, 26)))
-        world.heal()
-        world.events = [e for e in world.events if e[2] != world.fault]
-        heapq.heapify(world.events)
-        world.run(timeout + tick + 3)
-        world.settled()
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            squall(world, rng, sick, strict)
+            world.run(timeout + tick, until=lambda: not world.remains())
+            world.run(3)
+            world.settled(quiet=5.0)
+        world.end()
     return world
 
 
-def test_many_seeds_of_faults_end_with_exactly_one_holder() -> None:
-    first, _, last = os.environ.get("SEEDS", "200").rpartition(":")
-    failed = {}
-    for seed in range(int(first or 0), int(last)):
-        if wrong := storm(seed).wrong:
-            failed[seed] = wrong[:3]
-    assert not failed, f"{len(failed)} seeds: {failed}"
+def squall(world: World, rng: random.Random, sick: bool, strict: bool, seconds: float = 12.0) -> None:
+    """Some faults, one after the other and at the same time, then the end of all."""
+    kinds = [*KINDS[: None if sick else -2], *(ZOOKEEPER_KINDS if world.zookeeper else ())]
+    kinds = [kind for kind in kinds if not (strict and kind == "unlock")]
+    world.wire.loss = rng.choice((0.0, 0.0, 0.01))
+    for _ in range(rng.randint(1, 7)):
+        kind, host, vip = rng.choice(kinds), rng.choice(world.hosts), rng.choice(world.vips)
+        begin = world.time + rng.uniform(0, seconds)
+        last = rng.choice((0.05, 0.3, 1.5, 4.0, 9.0)) * rng.uniform(0.5, 1.5)
+        world.at(begin, world.fault, kind, host, vip)
+        world.at(begin + last, world.fault, kind, host, vip, False)
+    world.run(rng.choice((1, 2)) * (seconds + 1))
+    world.events = [event for event in world.events if event[2] != world.fault]
+    heapq.heapify(world.events)
+    world.heal()
+
+
+class Hunt(NamedTuple):
+    schedules: int
+    seconds: float  # simulated
+    failed: dict[int, list[str]]
+
+
+def hunt(first: int, step: int, seconds: float) -> Hunt:
+    """So many seconds of schedules: every so manieth seed from the first one on."""
+    ends, simulated, failed = time.monotonic() + seconds, 0.0, dict[int, list[str]]()
+    for seed in itertools.count(first, step):
+        if time.monotonic() >= ends:
+            return Hunt((seed - first) // step, simulated, failed)
+        world = storm(seed)
+        simulated += world.time - World.time
+        if world.wrong:
+            failed[seed] = world.wrong[:3]
+            print(f"--seed {seed}: {failed[seed]}", flush=True)
+    raise AssertionError
+
+
+def test_a_minute_of_fresh_schedules_finds_nothing() -> None:
+    first = random.SystemRandom().randrange(1 << 32)
+    print(f"from seed {first}")
+    found = hunt(first, 1, 60.0)
+    assert found.schedules > 20 and not found.failed, "\n".join(
+        f"python tests/test_sim.py --seed {seed}: {wrong}" for seed, wrong in found.failed.items()
+    )
+
+
+FOUND: tuple[int, ...] = ()  # what these have found is mended
+
+
+@table("seed", FOUND)
+def test_what_a_schedule_has_found_stays_mended(seed):
+    assert not storm(seed).wrong
+
+
+def weigh(agent: link.Api) -> int:
+    """How many objects an agent holds, its client of ZooKeeper included; what is not its own does not count."""
+    foreign = (World, Host, SimZooKeeper, type, ModuleType, FunctionType)
+    known, left = {id(agent)}, [agent]
+    while left:
+        for each in gc.get_referents(left.pop()):
+            if id(each) not in known and not isinstance(each, foreign):
+                known.add(id(each))
+                left.append(each)
+    return len(known)
+
+
+@pytest.mark.parametrize("zookeeper", [True, False])
+def test_no_timer_waiter_or_watch_is_left_behind_by_hundreds_of_faults(zookeeper):
+    rng, weights = random.Random(1), list[list[int]]()
+    with World(1, vips=VIPS, zookeeper=zookeeper, checks=True, session_timeout=2.0) as w:
+        w.begin()
+        while len(weights) < 4:
+            for _ in range(25):
+                squall(w, rng, sick=True, strict=False, seconds=4)
+            w.run(15)
+            weights.append([max(weigh(h.agent) for h in w.hosts), 1 + len(w.server.sessions), 1 + w.server.watched()])
+    grown = [last / first for first, last in zip(weights[0], weights[-1], strict=True)]
+    assert not w.wrong and max(grown) < 1.5, weights
 
 
 # == Scenarios: each fails where its rule is taken out of link.py ==============
@@ -1050,7 +1292,7 @@ DOES: dict[str, Callable[[World, Any], Any]] = {  # besides all faults, their en
     "dies": lambda w, _: w.server.stop(), "lives": lambda w, _: w.server.begin(), "settles": lambda w, _: w.settled(),
     "commits nothing": lambda w, _: setattr(w.server, "stalled", True),
     "commits again": lambda w, _: setattr(w.server, "stalled", False),
-    "has a server without a leader": lambda w, h: w.server.leaderless.add(h.name),  # that answers reads and pings
+    "has a server without a leader": lambda w, h: w.server.part(h, False),  # that answers reads and pings
     "has another MAC": lambda w, h: (setattr(h, "mac", b"\x02\0\0\0\1\1"), h.netlink("has another MAC")),
     "is down": lambda w, h: vars(h.managed().checks._probes[0]).update(ok=False, reason="down"),
     "begins": lambda w, _: w.begin_count(), "on an island": lambda w, h: setattr(h, "side", w.hosts.index(h) + 1),
@@ -1339,6 +1581,7 @@ def test_of_two_unconfirmed_binders_the_lower_mac_is_left_within_a_second_of_the
     asked = sum(count for (_, kind), count in w.wire.sent.items() if kind == "asks")
     assert asked <= 12 * vips + 60, "who hears a rival asks for its IPs once, not at each answer"
     assert all(w.binders(vip) == [best] for vip in w.vips)
+    w.run(2)
     w.settled()
 
 
@@ -1429,7 +1672,7 @@ def test_without_zookeeper_two_that_take_an_ip_at_once_get_it_one_after_the_othe
     w.run(0.1)
     w.wire.loss = 0.0
     w.run(6)
-    assert w.binders() in ([first], [second])
+    assert len(w.binders()) == 1 and (loss or w.holder() in (first, second))
     assert w.worst_gap == 0 and w.worst_two < (0.5 if loss else 0.1), (w.worst_gap, w.worst_two)
     assert all(future.done() and not future.exception() for *_, future in w.calls), w.calls
 
@@ -1658,7 +1901,7 @@ def test_what_is_asked_when_the_connection_is_gone_and_nobody_has_said_so_yet_is
 def test_a_directory_that_is_there_already_is_no_word_of_the_leader(w, holder):
     """Who makes one by asking first whether it is there may have had its answer from a server without a leader."""
     said = []
-    w.server.leaderless.add(holder.name)
+    w.server.part(holder, leader=False)
 
     def late(host: Host, call: str, path: str) -> None:
         said.extend([path] * (call == "get_children"))
@@ -1867,6 +2110,31 @@ def test_another_spelling_of_the_ensemble_moves_nothing_at_a_rolling_reload(w):
     assert w.transitions == 1
 
 
+# -- the command
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Random schedules of faults in a simulated world.")
+    parser.add_argument("--seed", type=int, help="one schedule, with its timeline")
+    parser.add_argument("--minutes", type=float, default=10.0, help="fresh ones for so long, on all processors")
+    parser.add_argument("--from", type=int, dest="first", default=random.SystemRandom().randrange(1 << 32), metavar="N")
+    options = parser.parse_args()
+    if options.seed is not None:
+        logging.basicConfig(format="                    %(message)s", stream=sys.stdout)
+        wrong = storm(options.seed).wrong
+        print("\n".join(wrong) or "nothing is wrong")
+        return bool(wrong)
+    print(f"from seed {options.first}")
+    workers = os.cpu_count() or 1
+    with ProcessPoolExecutor(workers) as pool:
+        seeds = range(options.first, options.first + workers)
+        found = [*pool.map(hunt, seeds, [workers] * workers, [60 * options.minutes] * workers)]
+    schedules, hours = sum(each.schedules for each in found), sum(each.seconds for each in found) / 3600
+    failed = sorted(seed for each in found for seed in each.failed)
+    print(f"{schedules} schedules, {hours:.1f} simulated hours in {options.minutes:g} minutes; failed: {failed}")
+    return bool(failed)
+
+
 if __name__ == "__main__":
-    logging.basicConfig(format="                    %(message)s", stream=sys.stdout)
-    print("\n".join(storm(int(sys.argv[1])).wrong) or "nothing is wrong")
+    VERBOSE = "--seed" in str(sys.argv)
+    sys.exit(main())

@@ -1349,15 +1349,18 @@ class Referee:
             self._next(place)
 
     def _next_record(self, hosts: _Hosts) -> None:
+        """Once: the answers for other hosts' records lead here, too, one by one."""
         name, data = self._config.hostname, json.dumps(hosts.mine._asdict()).encode()
-        if hosts.owner == -1:
+        owner, hosts.owner = hosts.owner, None
+        if owner == -1:
             self._ask(hosts, "create", f"{hosts.path}/{name}", data, ephemeral=True)
-        elif hosts.owner == hosts.dead != 0:  # 0 has a node that lasts: nobody's session
+        elif owner == hosts.dead != 0:  # 0 has a node that lasts: nobody's session
             self._ask(hosts, "delete", f"{hosts.path}/{name}")
-        elif hosts.owner == self._own and hosts.records[name] != Record.parse(data):
-            hosts.owner = None  # once
+        elif owner == self._own and hosts.records[name] != Record.parse(data):
             hosts.asked.pop(name, None)
             self._ask(hosts, "set", f"{hosts.path}/{name}", data)
+        else:
+            hosts.owner = owner
 
     def _listed(self, place: _Place, answer: Any, sent: float) -> None:
         if place.stale and place.listed == -math.inf:
@@ -1407,7 +1410,7 @@ class Referee:
                 hosts.named = owner
             elif record.boot == hosts.mine.boot and len(macs) < 2 and hosts.named != self._own:
                 hosts.dead = owner
-            taken = owner not in (self._own, hosts.dead)
+            taken = owner not in (self._own, hosts.dead or self._own)
             other = "another host (give each its own `hostname`), or this one before a reboot"
             self._refuse("name", f"the name {host} is taken in ZooKeeper by {other}" if taken else "")
         if not known and hosts.told:

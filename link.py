@@ -2074,7 +2074,7 @@ class Vip:
         self.at, self.orders = _Moments(), list[Order]()
         self.seen = LockView()  # as of the last time
         self.took = (0, "")  # the session that we declared dead, and its node
-        self.step = -1 if adopted else 0  # in ANNOUNCE_AT; -1: an earlier process has been through it
+        self.step = -1 if adopted and agent.config.zookeeper else 0  # in ANNOUNCE_AT; -1: another process did
         self.failed = (0, "")  # tries to bind, and why
         self.gave = dict[bytes, float]()  # whom we told to take it, and when last
 

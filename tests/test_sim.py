@@ -1432,6 +1432,10 @@ SCENES: list[tuple[str, int | list[int], dict[str, Any], str]] = [  # name, seed
           ("holder freeze, ", 9, 1, True, 4), ("holder deaf, holder freeze, ", 1.5, 1, True, 1),
           ("holder deaf, holder freeze, ", 3.5, 1, True, 1), ("holder isolate, holder freeze, ", 5, 1, False, 4),
           ("holder isolate, holder kill, ", 3, 0.3, False, 4))),
+    # its kernel has answered, and so the one that replaced it let go; nobody has told the clients
+    ("without ZooKeeper an agent that finds its address bound tells the clients", 5, {"zookeeper": False},
+     "holder isolate, holder kill, 1, holder has one successor, holder ends isolate, 2, holder alone has it,"
+     " count begins, holder starts, 1, holder alone has it, holder announced it, vip settles"),
     ("ZooKeeper may be dead for a minute and nothing moves", 3, {"vips": VIPS},
      "count begins, zookeeper dies, 60, zookeeper lives, 10, vip quiet, vip settles"),
     # its kernel answers, and the new one defends the address

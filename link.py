@@ -2212,7 +2212,7 @@ class Vip:
             at.trusted = now
         asked = not fit or any(now - told <= TICK for told in self.gave.values())
         asked = self.intent is not Intent.RUN or (asked and lock.lock is Lock.UNKNOWN)
-        leaves = bound and (asked or lock.lock is Lock.OTHER)
+        leaves = bound and (asked or lock.lock is Lock.OTHER or (lock.lock is Lock.WAITING and at.leaving is not None))
         if leaves and at.leaving is None:
             a.wire.forget(address)  # only who is heard from now on is our successor
             if lock.lock is Lock.OTHER:

@@ -1436,6 +1436,10 @@ SCENES: list[tuple[str, int | list[int], dict[str, Any], str]] = [  # name, seed
     ("without ZooKeeper an agent that finds its address bound tells the clients", 5, {"zookeeper": False},
      "holder isolate, holder kill, 1, holder has one successor, holder ends isolate, 2, holder alone has it,"
      " count begins, holder starts, 1, holder alone has it, holder announced it, vip settles"),
+    # its words come and go, and with each the holder begins to listen anew
+    ("while ZooKeeper answers late a holder that has lost its lock lets go within a second", 12,
+     {"vips": VIPS[1:2], "session_timeout": 2.0},
+     "holder slow, holder forget, 0.05, holder ends forget, 4, vip briefly twice, vip single"),
     ("ZooKeeper may be dead for a minute and nothing moves", 3, {"vips": VIPS},
      "count begins, zookeeper dies, 60, zookeeper lives, 10, vip quiet, vip settles"),
     # its kernel answers, and the new one defends the address

@@ -968,6 +968,7 @@ class Record(NamedTuple):
     mac: str = ""
     addresses: tuple[str, ...] = ()  # its own, on the interface: witnesses for the others
     boot: str = ""
+    promise: str = ""  # "": an earlier version's; all hosts of an IP are to give the same one
 
     @classmethod
     def parse(cls, data: bytes) -> Record:
@@ -976,7 +977,8 @@ class Record(NamedTuple):
             got = json.loads(data)
             mac = bytes.fromhex(got["mac"].replace(":", ""))
             own = tuple(str(ipaddress.ip_address(each)) for each in got["addresses"][: Wire.WITNESSES])
-            return cls(mac.hex(":"), own, str(got["boot"])[:64]) if len(mac) in (0, 6) else cls()
+            boot, promise = str(got["boot"])[:64], str(got.get("promise", ""))[:64]
+            return cls(mac.hex(":"), own, boot, promise) if len(mac) in (0, 6) else cls()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return cls()
 
@@ -2125,7 +2127,7 @@ class Vip:
         before = sum(record.mac < link.mac.hex(":") for record in a.peers.values() if record.mac)
         return Facts(
             lock=lock.lock,
-            next=known and lock.place == 1 and now >= at.quiet and not a.config.at_most_one,
+            next=known and lock.place == 1 and now >= at.quiet and not a.strict(holder.host),
             second=unknown and lock.place > 1,
             successor=bool(a.wire.askers(now)) if unknown else len(lock.queue) > (lock.place >= 0),
             heard=wire.heard,
@@ -2993,6 +2995,8 @@ class Agent:
         wrong += [self.hears_nobody] if any(self.hears_nobody in vip.reason for vip in vips) else []
         twins = [host for host, record in self.peers.items() if record.mac == link.mac.hex(":") != ""]
         wrong += [f"{twins[0]} has this host's MAC {link.mac.hex(':')}: give one of them its own"] if twins else []
+        other = [host for host, record in self.peers.items() if record.promise not in ("", self.config.promise)]
+        wrong += [f"{other[0]} does not promise {self.config.promise}: let all hosts promise the same"] if other else []
         return [*filter(None, wrong)]
 
     def _tell_troubles(self) -> None:
@@ -3050,7 +3054,11 @@ class Agent:
 
     def _record(self) -> Record:
         own = tuple(sorted(self.kernel.own.values()))
-        return Record(self.kernel.link.mac.hex(":"), own, boot_id())
+        return Record(self.kernel.link.mac.hex(":"), own, boot_id(), self.config.promise)
+
+    def strict(self, host: str) -> bool:
+        """Whether this host, or another one, promises at-most-one: then nobody takes over a lock, it is let go."""
+        return self.config.at_most_one or (host in self.peers and self.peers[host].promise == "at-most-one")
 
     def _sync(self) -> None:
         """Take in the kernel's view, if it may have changed. An error is not absence: the last view stays."""
@@ -3268,7 +3276,7 @@ class Api(Agent):
             raise LinkError(409, "failing", "a check has just failed here, or could not run; ask again when it passes")
         if foreign := [c.host for n, c in enumerate(lock.queue) if not c.session and n != lock.place]:
             raise LinkError(409, "foreign lock", f"{foreign[0]}, which is no LinK host, holds or waits for the lock")
-        if self.config.at_most_one and lock.queue and lock.place != 0:
+        if lock.queue and lock.place != 0 and self.strict(lock.queue[0].host):
             raise LinkError(409, "at-most-one", f"the holder must let go first: POST failover on {lock.queue[0].host}")
         return vip.order("lock", who, self.loop.now)
 

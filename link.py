@@ -976,7 +976,8 @@ class Record(NamedTuple):
         try:
             got = json.loads(data)
             mac = bytes.fromhex(got["mac"].replace(":", ""))
-            own = tuple(str(ipaddress.ip_address(each)) for each in got["addresses"][: Wire.WITNESSES])
+            bare = [each.partition("%")[0] for each in got["addresses"][: Wire.WITNESSES]]  # a scope is that host's own
+            own = tuple(str(ipaddress.ip_address(each)) for each in bare)
             boot, promise = str(got["boot"])[:64], str(got.get("promise", ""))[:64]
             return cls(mac.hex(":"), own, boot, promise) if len(mac) in (0, 6) else cls()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -1047,6 +1048,32 @@ class _Hosts(_Place):
     dead: int = 0  # the session of an earlier process of this host: its nodes are to go
     named: int = 0  # the session in which the name was ours: who has had it since is no earlier process
 
+    def found(self, children: Sequence[str], name: str, kept: set[int]) -> tuple[list[str], bool]:
+        """Whose records are to be read, and whether some have gone. Owners stay known while they are, or in `kept`."""
+        new = [host for host in children if host not in self.asked]
+        self.asked = {host: self.asked.get(host, 0) for host in children}
+        kept |= {self.dead, *self.asked.values()}
+        self.owners = {session: host for session, host in self.owners.items() if session in kept}
+        left = {host: record for host, record in self.records.items() if host in self.asked}
+        self.records, gone = left, len(left) < len(self.records)
+        if name not in self.asked or name in new:
+            self.owner = None if name in self.asked else -1
+        return new, gone
+
+    def own(self, owner: int, own: int, record: Record) -> bool:
+        """Who has our name; whether it is somebody else. `own` is our session.
+
+        The same boot and card (or none was known yet): an earlier process of this host. Else a stranger, or this host
+        before its reboot: a dead one's session ends by itself; a living one, as a restored copy of the machine, keeps
+        the name.
+        """
+        self.owner, macs = owner, {record.mac, self.mine.mac} - {""}
+        if owner == own:
+            self.named = owner
+        elif record.boot == self.mine.boot and len(macs) < 2 and self.named != own:
+            self.dead = owner
+        return owner not in (own, self.dead or own)
+
 
 # kazoo's Lock names its nodes <random UUID, 32 hex digits>__lock__<sequence>. Ours begin with the session; then comes a
 # 0, where such a UUID has 8, 9, a or b (RFC 9562, 4.1): so a stranger's is known by its name.
@@ -1071,20 +1098,17 @@ class Referee:
     PARTS = 8  # of a session timeout: one without an answer is too long, and so often the leader is asked at least
     rest = 2.5  # as NoReferee's: the first standby alone asks; no switch port carries 10 ARP a second
 
-    def __init__(
-        self, config: Config, now: Callable[[], float], post: Callable[..., None], news: Callable[[str], None]
-    ) -> None:
+    def __init__(self, config: Config, now: Callable[[], float], post: Any, news: Callable[[str], None]) -> None:
         self._config, self._now, self._post, self._news = config, now, post, news
         self._client: Any = None
-        hosts = _Hosts("", f"{config.ensemble[1]}/hosts", functools.partial(post, self._fired, ""))
-        self._places: dict[str, _Place] = {"": hosts}
+        watch = functools.partial(post, self._fired, "", "")
+        self._places: dict[str, _Place] = {"": _Hosts("", f"{config.ensemble[1]}/hosts", watch)}
         self._out: dict[object, tuple[float, str]] = {}  # requests: when each was sent, and what it asks
         self._later: deque[Callable[[], None]] = deque()  # what does not fit into the window
         self._takes: list[_Place] = []  # where the nodes ahead are to go, in the next transaction
-        self._connected, self._confirmed = False, now()
+        self._connected, self._confirmed, self._wrong = False, now(), dict[str, str]()
         self.session: tuple[int, bytes] | None = None
         self.timeout = config.session_timeout  # what the server granted
-        self._wrong: dict[str, str] = {}
         self.due = -math.inf  # when tick() wants to be called again
 
     # -- the session
@@ -1101,13 +1125,13 @@ class Referee:
     @property
     def state(self) -> str:
         """The word of GET /health."""
-        lost = self.age(self._now()) > self.timeout
-        return "lost" if lost else "connected" if self._connected else "connecting"
+        return "lost" if self.age(self._now()) > self.timeout else "connected" if self._connected else "connecting"
 
     @property
     def refused(self) -> str:
         """What ZooKeeper refuses, in words."""
-        return "; ".join(filter(None, [*self._wrong.values(), *{place.why for place in self._places.values()}]))
+        said = [*filter(None, [*self._wrong.values(), *{place.why: 0 for place in self._places.values()}])]
+        return "; ".join(said[:3]) + f"; and {len(said) - 3} more" * (len(said) > 3)
 
     def age(self, now: float) -> float:
         """Of the leader's last word, in seconds."""
@@ -1117,18 +1141,12 @@ class Referee:
         """Connect, re-attaching to an earlier process's session if given; tries for ever, at most 0.5 s apart."""
         self._hosts.mine = record
         client = self._client = _kazoo_client(self._config, session)
-        connect = client._connection._connect
-
-        def negotiated(*args: Any) -> Any:  # kazoo has no public word for what was granted; it reads for 2/3 of that
-            timeouts = connect(*args)
-            self._post(self._granted, timeouts[0] / 1000 * 3 / 2)
-            return timeouts
+        _tell_granted(client, functools.partial(self._post, self._granted))
 
         def listener(state: str) -> None:
             own = client.client_id if state == "CONNECTED" else None
             self._post(self._on_state, own, client.client_state == "EXPIRED_SESSION")
 
-        client._connection._connect = negotiated
         client.add_listener(listener)
         client.start_async()
 
@@ -1185,10 +1203,12 @@ class Referee:
         if timeout != self.timeout:
             log.info("ZooKeeper grants a session timeout of %.1f s, not %.1f s", timeout, self.timeout)
         self.timeout = timeout
-        short = f"ZooKeeper grants {timeout:.1f} s; at-most-one needs 2 s: raise maxSessionTimeout"
-        self._refuse("timeout", short if self._config.at_most_one and timeout < 2 else "")
+        short, strict = f"ZooKeeper grants {timeout:.1f} s; at-most-one needs 2 s", self._config.at_most_one
+        self._refuse("timeout", f"{short}: raise maxSessionTimeout" * (strict and timeout < 2))
 
     def _on_state(self, session: tuple[int, bytes] | None, expired: bool) -> None:
+        mute = self._connected and self._hosts.listed == -math.inf  # nothing was answered since the last connect
+        known = logging.DEBUG if self._wrong.get("session") else logging.INFO
         self._connected, again = session is not None, session is not None and self._own == _number(session[0])
         self.session = None if expired else session or self.session
         for gone in (self._out, self._later, self._takes, self._hosts.asked):
@@ -1200,13 +1220,18 @@ class Referee:
             if session and not (again and self._config.at_most_one):
                 place.listed = -math.inf  # while we were away somebody may have taken a lock of ours
         if session:
-            log.info("ZooKeeper: connected, session 0x%016x%s", self._own, " again" if again else "")
+            log.log(known, "ZooKeeper: connected, session 0x%016x%s", self._own, " again" if again else "")
             self._hosts.owners[self._own] = self._config.hostname
             self.ask()
             for place in tuple(self._places.values()):
                 self._next(place)  # not by an earlier tick(), which would make one client after the other
         else:
-            log.warning("ZooKeeper: %s", "the session has ended" if expired else "out of reach")
+            log.log(
+                known if mute else logging.WARNING,
+                "ZooKeeper: %s",
+                "the session has ended" if expired else "out of reach",
+            )
+            self._refuse("session", "ZooKeeper ends each session at once: see zookeeper_auth, and its log" * mute)
         self._news("")
 
     @property
@@ -1273,7 +1298,7 @@ class Referee:
     def want(self, address: str, want: Want) -> None:
         """The place that we want in the queue of an address; following it begins with the first call."""
         if (place := self._places.get(address)) is None:
-            watch = functools.partial(self._post, self._fired, address)
+            watch = functools.partial(self._post, self._fired, address, "")
             place = self._places[address] = _Place(address, f"{self._config.ensemble[1]}/ips/{address}", watch)
         place.want, place.heeded = want, True
         self._next(place)
@@ -1292,7 +1317,8 @@ class Referee:
             lock = Lock.WAITING
         return LockView(lock, place.queue, at, late if late > now else math.inf)
 
-    def _fired(self, address: str, _: Any) -> None:
+    def _fired(self, address: str, host: str, _: Any) -> None:
+        self._hosts.asked.pop(host, None)
         if place := self._places.get(address):
             place.stale = True
             self._next(place)
@@ -1371,6 +1397,7 @@ class Referee:
             return self._ask(place, "create", place.path, makepath=True)
         children, known = [] if isinstance(answer, Exception) else answer, place.listed > -math.inf
         place.listed, queue = sent, _queue(children, self._hosts.owners)
+        self._refuse("session", "")
         if place.want not in (Want.IN, Want.FIRST) or self._own in [c.session for c in queue]:
             place.refused, place.why = math.inf, ""  # else it is not known that we may join it
         if place is not self._hosts:
@@ -1378,22 +1405,13 @@ class Referee:
                 place.queue, place.heeded = queue, False
                 self._news(place.address)
             return
-        hosts, kept = self._hosts, {c.session for each in self._places.values() for c in each.queue}
-        new, hosts.asked = {*children} - hosts.asked.keys(), {host: hosts.asked.get(host, 0) for host in children}
-        kept |= {self._own, hosts.dead, *hosts.asked.values()}
-        hosts.owners = {session: host for session, host in hosts.owners.items() if session in kept}
-        if gone := hosts.records.keys() - {*children}:
-            hosts.records = {host: record for host, record in hosts.records.items() if host not in gone}
+        kept = {self._own, *(c.session for each in self._places.values() for c in each.queue)}
+        new, gone = self._hosts.found(children, self._config.hostname, kept)
+        if gone:
             self._news("")
-        if self._config.hostname not in children or self._config.hostname in new:
-            hosts.owner = None if self._config.hostname in children else -1
-        for host in filter(new.__contains__, children):
-            read, watch = functools.partial(self._read, host), functools.partial(self._post, self._fired_record, host)
-            self._ask(hosts, "get", f"{hosts.path}/{host}", then=read, watch=watch)
-
-    def _fired_record(self, host: str, _: Any) -> None:
-        self._hosts.asked.pop(host, None)
-        self._fired("", None)
+        for host in new:
+            read, watch = functools.partial(self._read, host), functools.partial(self._post, self._fired, "", host)
+            self._ask(place, "get", f"{place.path}/{host}", then=read, watch=watch)
 
     def _read(self, host: str, hosts: _Hosts, answer: Any, _: float) -> None:
         if isinstance(answer, Exception):
@@ -1403,18 +1421,8 @@ class Referee:
         known = hosts.records.get(host) == record and hosts.owners.get(owner) == host
         hosts.records[host], hosts.owners[owner], hosts.asked[host] = record, host, owner
         if host == self._config.hostname:
-            hosts.owner = owner
-            # The same boot and card (or none was known yet): an earlier process of this host. Else a stranger, or this
-            # host before its reboot: a dead one's session ends by itself; a living one, as a restored copy of the
-            # machine, keeps the name.
-            macs = {record.mac, hosts.mine.mac} - {""}
-            if owner == self._own:
-                hosts.named = owner
-            elif record.boot == hosts.mine.boot and len(macs) < 2 and hosts.named != self._own:
-                hosts.dead = owner
-            taken = owner not in (self._own, hosts.dead or self._own)
-            other = "another host (give each its own `hostname`), or this one before a reboot"
-            self._refuse("name", f"the name {host} is taken in ZooKeeper by {other}" if taken else "")
+            taken = f"the name {host} is taken in ZooKeeper by another host (give each its own `hostname`), or this one"
+            self._refuse("name", f"{taken} before a reboot" * hosts.own(owner, self._own, record))
         if not known and hosts.told:
             hosts.told = False
             self._post(self._tell, hosts)
@@ -1425,6 +1433,18 @@ class Referee:
         for place in self._places.values():
             place.queue = _queue((c.node for c in place.queue), hosts.owners)
         self._news("")
+
+
+def _tell_granted(client: Any, granted: Callable[[float], None]) -> None:
+    """Have it say which session timeout it was granted, in seconds: kazoo has no public word, but reads for 2/3."""
+    connect = client._connection._connect
+
+    def negotiated(*args: Any) -> Any:
+        timeouts = connect(*args)
+        granted(timeouts[0] / 1000 * 3 / 2)
+        return timeouts
+
+    client._connection._connect = negotiated
 
 
 def _delete(client: Any, ours: Iterable[str], others: Iterable[str]) -> Any:
@@ -1596,10 +1616,19 @@ class Network:
             self._open(index, listen)
         if not index:
             return Link(trouble=f"{self.name} does not exist: name another interface, or make it"), {}, {}
-        addresses = {ip: ours for at, ip, ours, _ in self._bound() if at == index}
+        bound = [*self._bound()]
+        addresses = {ip: ours for at, ip, ours, _ in bound if at == index}
         foreign = [ip for ip, ours in addresses.items() if not ours and (ip.version == 4 or ip.is_link_local)]
         own: dict[int, str] = {ip.version: str(ip.ip) for ip in reversed(foreign)}  # the first counts
+        if self._ignores_arp() == "0":  # the kernel answers here for the addresses of all its interfaces
+            others = [ip for at, ip, ours, _ in bound if at != index and not ours]
+            for ip in [ip for ip in others if ip.version == 4 and not ip.is_loopback]:
+                addresses.setdefault(ip, False)
         return self._link(*links[index], names, own), addresses, own
+
+    def _ignores_arp(self) -> str:
+        """arp_ignore of the interface: the higher of two counts (kernel: Documentation/networking/ip-sysctl.rst)."""
+        return max(_sysctl(f"ipv4/conf/{each}/arp_ignore") or "0" for each in ("all", self.name))
 
     def _link(self, flags: int, more: Attributes, names: Mapping[int, str], own: Mapping[int, str]) -> Link:
         name, mac, off = self.name, more.get(IFLA_ADDRESS, b""), _sysctl(f"ipv6/conf/{self.name}/disable_ipv6")
@@ -1613,7 +1642,7 @@ class Network:
         if master and kind != b"vrf\0":  # a port of a bridge, bond, team or OVS hands all frames to its master
             use = "the bridge's internal port" if master == "ovs-system" else master
             trouble = f"{name} is a port of {master}: use {use}"
-        ignore = max(_sysctl(f"ipv4/conf/{each}/arp_ignore") or "0" for each in ("all", name))  # the higher counts
+        ignore = self._ignores_arp()
         if ignore == "8" or (ignore == "2" and 4 not in own):  # 2: only who is in a subnet of ours is answered (tried)
             four = f"arp_ignore is {ignore}, no client is answered: set it to 1 for all and {name}"
         if off != "0":
@@ -1858,8 +1887,8 @@ class Checks:
 
     @property
     def results(self) -> dict[str, bool]:
-        """The verdict of each check, by its name."""
-        return {str(probe.check): probe.ok for probe in self._probes}
+        """The verdict of each check, by its name; the worst of those that differ only in what the name leaves out."""
+        return {str(probe.check): probe.ok for probe in sorted(self._probes, key=lambda probe: not probe.ok)}
 
     @property
     def unsure(self) -> bool:
@@ -1950,8 +1979,8 @@ class Story:
             self.gaps["planned" if wire.heard <= TICK and wire.unanswered < needed else "unplanned"] = wire.heard
 
     def remember(self, change: dict[str, Any]) -> None:
-        """The last HISTORY changes; where the state stays (a conflict) only the latest, so that no change is lost."""
-        if self.history and self.history[-1]["from"] == change["from"] == self.history[-1]["to"] == change["to"]:
+        """The last HISTORY changes; of conflicts with no change between them only the latest: they push none out."""
+        if self.history and self.history[-1]["event"] == change["event"] == "conflict":
             self.history.pop()
         self.history.append(change)
         while len(self.history) > HISTORY:
@@ -2066,6 +2095,11 @@ class _Moments:
     told: float = -math.inf  # of that, in the log
 
 
+def strict(agent: Agent, host: str) -> bool:
+    """Whether this host, or another one, promises at-most-one: then nobody takes over its lock, it lets go."""
+    return agent.config.at_most_one or (host in agent.peers and agent.peers[host].promise == "at-most-one")
+
+
 class Vip:
     """One virtual IP at run time; loop thread only. reconcile() does the difference of what is decided and what is."""
 
@@ -2127,7 +2161,7 @@ class Vip:
         before = sum(record.mac < link.mac.hex(":") for record in a.peers.values() if record.mac)
         return Facts(
             lock=lock.lock,
-            next=known and lock.place == 1 and now >= at.quiet and not a.strict(holder.host),
+            next=known and lock.place == 1 and now >= at.quiet and not strict(a, holder.host),
             second=unknown and lock.place > 1,
             successor=bool(a.wire.askers(now)) if unknown else len(lock.queue) > (lock.place >= 0),
             heard=wire.heard,
@@ -2461,6 +2495,7 @@ class Store:
     def __init__(self, config: Config) -> None:
         self._dir, self._interval = Path(config.state_dir), config.health_check_interval
         self.identity, self.trouble = [config.hostname, boot_id()], ""
+        self._follows = bool(config.zookeeper)
         self._entries: dict[str, VirtualIP | Any] = {}  # by address; what cannot be parsed: as it is, maybe by its text
         self._lines: int | None = None  # of the journal; None: to be begun anew
         self._changes: deque[tuple[str, Mapping[str, Any] | None]] = deque()  # to be written
@@ -2582,13 +2617,16 @@ class Store:
             got = json.loads(self._read("session.json", b"null"))
             if got is None:
                 return {}
-            if got["identity"][:2] == self.identity:  # earlier versions have more in it
+            host, boot = got["identity"][:2]  # earlier versions have more in it, and no namespace
+            if host == self.identity[0] and boot in (self.identity[1], self.identity[1].partition(".")[0]):
                 number, password = got.get("session") or (0, "")
                 int(number), bytes.fromhex(password)
                 list(map(ipaddress.ip_interface, [*got.get("addresses", []), *got.get("states", {})]))
                 list(map(State, got.get("states", {}).values()))
                 macs = {str(host): str(mac) for host, mac in got.get("macs", {}).items()}
-                return {**got, "hosts": dict(got.get("hosts", {})), "macs": macs}
+                known = {"hosts": dict(got.get("hosts", {})), "macs": macs}
+                # without ZooKeeper nobody would ever tell who else has joined or left
+                return {**got, **(known if self._follows else {"hosts": {}, "macs": {}})}
             log.warning("session.json is not of this host and boot: starting afresh")
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             log.warning("session.json cannot be used (%s): starting afresh", error)
@@ -2636,9 +2674,10 @@ class Store:
 
 
 def boot_id() -> str:
-    """Of the running kernel (proc(5)): sessions do not outlive it."""
+    """Of the running kernel (proc(5)) and its network namespace: sessions outlive neither, nor go with a container."""
     with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}.{os.stat('/proc/self/ns/net').st_ino}"
     return ""
 
 
@@ -2824,10 +2863,8 @@ class Agent:
         """Load what is configured, adopt what an earlier process left, begin to contend."""
         saved = self.store.load_session()
         vips = {vip.address: vip for vip in [*self.store.load_ips(), *self.config.virtual_ips]}
-        if self.config.zookeeper:  # else nobody would ever tell who else has joined or left
-            hosts = saved.get("hosts", {})
-            self.peers = {host: Record.parse(json.dumps(each).encode()) for host, each in hosts.items()}
-            self.macs.update(saved.get("macs", {}))
+        self.peers = {host: Record.parse(json.dumps(each).encode()) for host, each in saved.get("hosts", {}).items()}
+        self.macs.update(saved.get("macs", {}))
         self.loop.now = self.loop.distrusted = self.clock.now()
         self._sync()
         states = {address: State(word) for address, word in saved.get("states", {}).items()}
@@ -3056,10 +3093,6 @@ class Agent:
         own = tuple(sorted(self.kernel.own.values()))
         return Record(self.kernel.link.mac.hex(":"), own, boot_id(), self.config.promise)
 
-    def strict(self, host: str) -> bool:
-        """Whether this host, or another one, promises at-most-one: then nobody takes over a lock, it is let go."""
-        return self.config.at_most_one or (host in self.peers and self.peers[host].promise == "at-most-one")
-
     def _sync(self) -> None:
         """Take in the kernel's view, if it may have changed. An error is not absence: the last view stays."""
         began, old = self.clock.now(), self.kernel
@@ -3276,7 +3309,7 @@ class Api(Agent):
             raise LinkError(409, "failing", "a check has just failed here, or could not run; ask again when it passes")
         if foreign := [c.host for n, c in enumerate(lock.queue) if not c.session and n != lock.place]:
             raise LinkError(409, "foreign lock", f"{foreign[0]}, which is no LinK host, holds or waits for the lock")
-        if lock.queue and lock.place != 0 and self.strict(lock.queue[0].host):
+        if lock.queue and lock.place != 0 and strict(self, lock.queue[0].host):
             raise LinkError(409, "at-most-one", f"the holder must let go first: POST failover on {lock.queue[0].host}")
         return vip.order("lock", who, self.loop.now)
 
@@ -4167,7 +4200,9 @@ def check(config: Config) -> None:
     warnings = unknown_variables(os.environ)
     try:
         warnings += [f"{config.state_dir}: {what} {why}" for what, why in Store(config).read_ips().items()]
-    except PermissionError as error:  # to whoever checks; the agent may be another user
+    except PermissionError as error:  # to whoever checks; if the agent is another user
+        if os.stat(config.state_dir).st_uid == os.geteuid():
+            raise
         warnings += [f"{config.state_dir}: was not looked at ({error})"]
     try:
         link = Network(config.interface).sync(listen=False)[0]
@@ -4361,6 +4396,8 @@ def read_status(ips: Iterable[Mapping[str, Any]]) -> tuple[list[list[str]], list
         odd = f"is on two hosts: here and at {other}" if ip["bound"] and other else ""
         odd = odd or ("" if ip["holder"] or other else "is nobody's, as far as is known here")
         odd = odd or (f"is FAILING here: {ip['reason']}" if ip["status"] == "FAILING" else "")
+        silent = ip["wire"]["state"] == "silent" and not ip["bound"]
+        odd = odd or (f"is nobody's: {ip['holder']} has the lock, and nobody answers" if silent else "")
         wrong += [f"{ip['ip']} {odd}"] if odd else []
     return rows, wrong
 

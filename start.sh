@@ -272,19 +272,19 @@ run_tests() {
         [[ $argument == -* || ! -e ${argument%%::*} ]] || paths+=("${argument%%::*}")
     done
     if ((${#paths[@]} == 0)); then
-        paths=(tests/test_story.py tests/test_alerts.py tests/test_real.py tests/test_ansible.py)
+        paths=(tests/test_story.py tests/test_alerts.py tests/test_hostile.py tests/test_real.py tests/test_ansible.py)
         set -- "${paths[@]}" "$@"
     else
         quick=()
     fi
-    [[ ! ${paths[*]} =~ real|story|alerts|tests/?( |$) ]] || packages zookeeper curl
-    [[ ! ${paths[*]} =~ story|tests/?( |$) ]] || packages chromium chromium-driver fonts-dejavu-core openssl
+    [[ ! ${paths[*]} =~ real|story|alerts|hostile|tests/?( |$) ]] || packages zookeeper curl openssl
+    [[ ! ${paths[*]} =~ story|tests/?( |$) ]] || packages chromium chromium-driver fonts-dejavu-core
     [[ ! ${paths[*]} =~ alerts|tests/?( |$) ]] || packages prometheus
     # hosts in containers, the Vagrant files, the scripts
     [[ ! ${paths[*]} =~ ansible|tests/?( |$) ]] ||
         packages mmdebstrap systemd-container openssh-client openssl util-linux vagrant shellcheck
     python_packages tests/requirements.txt
-    ((${#quick[@]} == 0)) || "$VENV/bin/python" -m pytest -n auto --dist worksteal "${quick[@]}" "${@:5}"
+    ((${#quick[@]} == 0)) || "$VENV/bin/python" -m pytest -n auto --dist worksteal "${quick[@]}" "${@:${#paths[@]}+1}"
     exec "$VENV/bin/python" -m pytest "$@"
 }
 

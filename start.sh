@@ -14,6 +14,7 @@ Usage: sudo ./start.sh [--zookeeper]          three hosts on this machine to pla
        sudo ./start.sh interfaces [remove]    make (remove) eth10, eth11 and eth12 on this machine
        sudo ./start.sh test [PATH_OR_OPTION…] run the tests in these paths; without a path the whole suite
        sudo ./start.sh bench [OPTIONS]        measure
+       sudo ./start.sh chaos [--minutes N] [--seed S]   random faults on real agents, and what the client sees of them
        sudo ./start.sh LINK.PY OPTIONS        run link.py itself, for example: --config link.yml, --version, --check
 
 What is missing is installed first: Debian packages (with apt-get), and Python packages into .venv beside this script.
@@ -272,12 +273,13 @@ run_tests() {
         [[ $argument == -* || ! -e ${argument%%::*} ]] || paths+=("${argument%%::*}")
     done
     if ((${#paths[@]} == 0)); then
-        paths=(tests/test_story.py tests/test_alerts.py tests/test_hostile.py tests/test_real.py tests/test_ansible.py)
+        paths=(tests/test_story.py tests/test_alerts.py tests/test_hostile.py tests/test_real.py tests/test_chaos.py
+            tests/test_ansible.py)
         set -- "${paths[@]}" "$@"
     else
         quick=()
     fi
-    [[ ! ${paths[*]} =~ real|story|alerts|hostile|tests/?( |$) ]] || packages zookeeper curl openssl
+    [[ ! ${paths[*]} =~ real|story|alerts|hostile|chaos|tests/?( |$) ]] || packages zookeeper curl openssl
     [[ ! ${paths[*]} =~ story|tests/?( |$) ]] || packages chromium chromium-driver fonts-dejavu-core
     [[ ! ${paths[*]} =~ alerts|tests/?( |$) ]] || packages prometheus
     # hosts in containers, the Vagrant files, the scripts
@@ -309,6 +311,11 @@ main() {
         packages zookeeper
         python_packages requirements.txt
         exec "$VENV/bin/python" tests/bench.py "${@:2}"
+        ;;
+    chaos)
+        packages zookeeper
+        python_packages requirements.txt
+        exec "$VENV/bin/python" tests/chaos.py "${@:2}"
         ;;
     *)
         python_packages requirements.txt

@@ -11,10 +11,12 @@ import bisect
 import contextlib
 import ctypes
 import gc
+import heapq
 import http.client
 import itertools
 import json
 import os
+import random
 import re
 import select
 import shutil
@@ -220,9 +222,11 @@ class Host:
         self.directory = lab.directory / self.name
         self.config_path, self.log_path = self.directory / "link.yml", self.directory / "log"
         self.config: dict[str, Any] = {}
+        self.environment: dict[str, str] = {}  # its agent's, beside our own
         self.agent: subprocess.Popen[bytes] | None = None
         self.presence: list[tuple[float, bool]] = []
         self._responder: subprocess.Popen[bytes] | None = None
+        self._relay: subprocess.Popen[bytes] | None = None
         self._faulty = self._cut = False
         (self.directory / "state").mkdir(parents=True)
 
@@ -241,7 +245,7 @@ class Host:
         script = 'mount --bind "$1" /proc/sys/kernel/random/boot_id && shift && exec "$@"'
         inside = ["ip", "netns", "exec", self.namespace, "sh", "-c", script, "sh", str(self.directory / "boot_id")]
         command = [*inside, sys.executable, str(program), "--config", str(self.config_path)]
-        self.agent = self.lab.spawn(command, self.log_path)
+        self.agent = self.lab.spawn(command, self.log_path, env={**os.environ, **self.environment})
 
     @property
     def alive(self) -> bool:
@@ -338,6 +342,19 @@ class Host:
         self.ip(f"neigh replace {self.lab.address(ZOOKEEPER)} {nowhere} {self.interface}")
         ip(self.lab.zk, f"neigh replace {self.address} {nowhere} eth0")
 
+    def worsen(self, loss: float, delay: float, jitter: float) -> None:
+        """A bad cable: each frame in either direction is lost with this probability, or late by delay ± jitter s.
+
+        Not every kernel has netem, so a process hands the frames over between the cable and the switch.
+        """
+        ip(self.lab.switch, f"link add {self.port}a type veth peer name {self.port}b")
+        ip(self.lab.switch, *(f"link set {self.port}{end} up" for end in "ab"), f"link set {self.port} nomaster")
+        numbers = map(str, (loss, delay, jitter))
+        inside = ["ip", "netns", "exec", self.lab.switch, sys.executable, "-IS", str(HERE), "relay"]
+        self._relay = self.lab.spawn([*inside, self.port, f"{self.port}a", *numbers], stdout=subprocess.PIPE)
+        assert self._relay.stdout and self._relay.stdout.readline(), f"the bad cable of {self.name} does not work"
+        ip(self.lab.switch, f"link set {self.port}b master br0")
+
     def power_off(self) -> None:
         """The host dies: all at once, with no last word."""
         self.isolate()
@@ -369,6 +386,10 @@ class Host:
             self._bridge("learning on flood on mcast_flood on bcast_flood on locked off")
             self._bridge("state 3")
             self._faulty = False
+        if self._relay:
+            reap(self._relay)
+            self._relay = None
+            ip(self.lab.switch, f"link del {self.port}a", f"link set {self.port} master br0")
         if self._cut:
             self.ip(f"neigh del {self.lab.address(ZOOKEEPER)} dev {self.interface}")
             ip(self.lab.zk, f"neigh del {self.address} dev eth0")
@@ -790,10 +811,36 @@ def respond(name: str) -> None:
                 sock.sendmsg([data[:8] + name.encode()], [(level, kind, source)], 0, peer)
 
 
+def relay(ends: Sequence[str], loss: float, delay: float, jitter: float) -> None:
+    """The bad cable's process: hands frames over between two interfaces; see `Host.worsen`."""
+    socks = [socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) for _ in ends]
+    for sock, name in zip(socks, ends, strict=True):
+        sock.bind((name, 3))
+        sock.setsockopt(263, 15, 1)  # SOL_PACKET, PACKET_VNET_HDR: checksums yet to be made, segments yet to be cut
+    print("ready", flush=True)
+    late: list[tuple[float, int, socket.socket, bytes]] = []
+    for number in itertools.count():
+        for sock in select.select(socks, [], [], max(0.0, late[0][0] - time.monotonic()) if late else None)[0]:
+            frame, address = sock.recvfrom(1 << 17)
+            if address[2] != socket.PACKET_OUTGOING and random.random() >= loss:
+                due = time.monotonic() + delay + random.uniform(-jitter, jitter)
+                heapq.heappush(late, (due, 2 * number + socks.index(sock), socks[1 - socks.index(sock)], frame))
+        while late and late[0][0] <= time.monotonic():
+            with contextlib.suppress(OSError):  # the other end is down
+                late[0][2].send(late[0][3])
+            heapq.heappop(late)
+
+
 # --------------------------------------------------------------------------------------------------- command line
 
-if __name__ == "__main__":  # for the lab's own use: `observe`, `respond NAME`
+if __name__ == "__main__":  # for the lab's own use: `observe`, `respond NAME`, `relay ONE OTHER LOSS DELAY JITTER`
     gc.disable()  # come before what is measured, and do not collect garbage meanwhile
     with contextlib.suppress(PermissionError):
         os.nice(-10)
-    observe() if sys.argv[1] == "observe" else respond(sys.argv[2])
+    match sys.argv[1:]:
+        case ["observe"]:
+            observe()
+        case ["respond", name]:
+            respond(name)
+        case ["relay", one, other, *numbers]:
+            relay([one, other], *map(float, numbers))

@@ -265,9 +265,9 @@ class Host:
         return self.agent.wait(timeout), time.monotonic() - began
 
     def kill(self, sig: int) -> None:
-        """Send the agent a signal and do not wait."""
+        """Send the agent a signal and do not wait; SIGKILL takes along what it has started."""
         assert self.agent is not None, f"{self.name} has no agent"
-        os.kill(self.agent.pid, sig)
+        (os.killpg if sig == signal.SIGKILL else os.kill)(self.agent.pid, sig)
 
     def api(self, method: str, path: str, body: Any = None, timeout: float = 5.0) -> tuple[int, Any]:
         """Ask the agent's API: status and parsed answer (None if it is empty)."""
@@ -653,12 +653,13 @@ class Probes:
     """The observer's view from the client: a UDP probe to each IP every `interval` s, and who answers it.
 
     What "away" means: a client that asked at s and was answered at a has waited from s to a. If that is longer than
-    `late`, the IP was away for him from s to a; if the answer never came, from s until the next probe. An outage is
-    such spans joined. So it runs from the first request that had to wait until requests are answered promptly again,
-    and it includes what the client's own kernel spends on finding the new hardware address.
+    `late`, the IP was away for him from s to a, but no longer than until he asked again and was answered promptly (the
+    kernel of a host without a cable keeps an answer, and sends it later); if the answer never came, from s until the
+    next probe. An outage is such spans joined. So it runs from the first request that had to wait until requests are
+    answered promptly again, and it includes what the client's own kernel spends on finding the new hardware address.
     """
 
-    def __init__(self, namespace: str, vips: list[str], interval: float, late: float) -> None:
+    def __init__(self, namespace: str | None, vips: list[str], interval: float, late: float) -> None:
         self.vips, self.interval, self.late, self._next = vips, interval, late, 0
         self.sockets = {f: socket_in(namespace, f, socket.SOCK_DGRAM) for f in (socket.AF_INET, socket.AF_INET6)}
         for sock in self.sockets.values():
@@ -667,6 +668,7 @@ class Probes:
                 sock.setsockopt(socket.SOL_SOCKET, option, 1 << 24)
         self._pending: dict[int, float] = {}
         self._sent: list[list[float]] = [[] for _ in vips]
+        self._prompt: list[list[float]] = [[] for _ in vips]  # when those were sent that were answered promptly
         self._seen: list[dict[str, Any]] = [{"outages": [], "holders": [], "lost": 0} for _ in vips]
         self.began = time.monotonic()
 
@@ -700,8 +702,12 @@ class Probes:
                 if not seen["holders"] or seen["holders"][-1][0] != host:
                     seen["holders"].append([host, now, now])
                 seen["holders"][-1][2] = now
+                prompt = self._prompt[number % len(self.vips)]
                 if now - sent > self.late:
-                    seen["outages"].append((sent, now))
+                    again = bisect.bisect(prompt, sent)
+                    seen["outages"].append((sent, min([now, *prompt[again : again + 1]])))
+                else:
+                    bisect.insort(prompt, sent)
 
     def report(self, ended: float) -> dict[str, Any]:
         """What was seen of each IP; a probe without an answer counts as lost."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import socket
+import struct
+import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -13,7 +16,7 @@ from xml.etree import ElementTree
 import pytest
 
 import chaos
-from lab import Result, Span
+from lab import Probes, Result, Span
 
 ENDED = 20.0
 HOSTS = ("node1", "node2")
@@ -64,6 +67,20 @@ def test_what_is_wrong_is_in_the_picture() -> None:
     for expected in ("SIGSTOP", "2 hung", "away", "answers the client", "bound by node2", "all ended"):
         assert expected in words, expected
     assert any("two 2.50 s" in word for word in words)
+
+
+def test_an_answer_that_comes_late_while_others_come_promptly_is_no_outage_of_its_own() -> None:
+    probes = Probes(None, ["127.0.0.1"], interval=0.5, late=0.2)
+    answers, kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    answers.setblocking(False)
+    for comes in [], [1], [0, 2]:  # the first answer comes with the third one
+        time.sleep(max(0.0, probes.due - time.monotonic()))
+        probes.send_due()
+        for each in comes:
+            kernel.send(struct.pack("!Q", each) + b"node1")
+        probes.receive(answers)
+    (start, end), *more = probes.report(time.monotonic())["127.0.0.1"]["outages"]
+    assert 0.3 < end - start < 0.8 and not more, "until the second one, which was answered promptly"
 
 
 def test_the_same_seed_gives_the_same_rounds_and_they_have_all_faults() -> None:

@@ -11,6 +11,7 @@ AWAY, FAULT = "#d6453d", "#9aa0a6"
 LEFT, WIDTH, LANE, AXIS = 170, 1000, 22, 34  # pixels: the names, the whole, a lane, the axis
 STYLE = """<style>
 text { font: 12px sans-serif; fill: #24292f }
+.title { font-weight: bold }
 .bar text { font-size: 11px; fill: #111 }
 .rule { stroke: #8884 }
 .event { stroke: #d6453d; stroke-dasharray: 4 3 }
@@ -39,7 +40,7 @@ def picture(lanes: Sequence[Lane], since: float, until: float, events: Iterable[
     for lane in lanes:
         if lane.title:
             top += 26
-            body.append(f'<text x="4" y="{top - 8}" font-weight="bold">{escape(lane.title)}</text>')
+            body.append(f'<text class="title" x="4" y="{top - 8}">{escape(lane.title)}</text>')
         body.append(f'<text x="{LEFT - 8}" y="{top + 15}" text-anchor="end">{escape(lane.name)}</text>')
         for start, end, colour, words in lane.bars:
             width = max(1.0, x(end) - x(start))

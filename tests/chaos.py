@@ -314,6 +314,7 @@ class Round:
     done: list[tuple[str, str, float, float]] = field(default_factory=list)  # to whom, what, since and until when
     unfit: dict[str, dict[str, list[Span]]] = field(default_factory=dict)  # IP, host, when
     healed: float = 0.0  # when all faults had ended and all agents answered
+    settled: bool = False  # all agents say so
     away: float = 0.0
     two: float = 0.0
     again: float = 0.0
@@ -401,6 +402,9 @@ class Chaos:
             free = [host for host in queue[event.rank :] + queue if not (kind and kind.ends and host is self.spared)]
             pairs.append((event, next(host for host in free if host not in [victim for _, victim in pairs])))
         c.mark()
+        for service in c.services.values():  # nobody accepts: after 1024 checks its queue would be full
+            service.stop()
+            service.start()
         with Observer(c.lab, c.vips, EVERY) as observer:
             pause(0.2)
             together(*(partial(self._befall, r, event, host) for event, host in pairs))
@@ -411,6 +415,7 @@ class Chaos:
                 c.all_serve(20)
                 for vip in c.vips:
                     c.settled(vip, 20)
+                r.settled = True
             except (AssertionError, RuntimeError, OSError) as error:
                 r.wrong.append(f"not mended: {error}")
             pause(max(0.5, r.healed + AGAIN + 0.5 - now()))
@@ -461,7 +466,7 @@ class Chaos:
             what = "; ".join(f"{whom}: {what} {b - a:.1f} s" for whom, what, a, b in r.done)
             seen = f"away {r.away:.2f}, two {r.two:.2f}, again {r.again:.2f}"
             print(f"{time.strftime('%H:%M:%S')} {r.number}: {what}: {seen}", *r.wrong, sep="; ", file=sys.stderr)
-            if not r.healed:
+            if not r.settled:
                 return  # what comes now would only say so again
 
     def verdict(self) -> tuple[bool, str]:

@@ -4,10 +4,10 @@
 A run goes in rounds. In each round some faults begin, last and end, then everything is mended and must be as it was.
 One observer sees each round: who binds, who answers the client. The same seed gives the same rounds; what they do to
 the hosts ("the holder", "the second in the queue") depends on who that is then. A host is *fit* while its agent runs,
-nothing was done to its cable or interface, and its checks pass. The bounds:
+nothing was done to its cable or interface, its checks pass, and with at-most-one it reaches ZooKeeper. The bounds:
 
   away    no answer for the client, while one host was fit all that time
-  two     an IP bound by two hosts, both fit all that time
+  two     an IP bound by two hosts, both fit all that time (with at-most-one: by two hosts at all)
   again   once all faults have ended, until each IP is bound by exactly one host, for good
   leaks   memory, threads and descriptors of the agent on the last host, which is never ended
 
@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import lab
 import scenarios
@@ -39,7 +40,16 @@ import timeline
 from lab import Host, Lab, Observer, Result, Service, Span, run, wait_until
 from scenarios import CHECKED, Cluster, next_version, now, pause, together
 
-AWAY, TWO, AGAIN = 6.0, 2.0, 3.0  # s; AWAY: a session, a tick of ZooKeeper's, and what a start takes
+
+class Bounds(NamedTuple):
+    """In s. `away`: a session, a tick of ZooKeeper's, and what a start takes."""
+
+    away: float
+    two: float
+    again: float
+
+
+BOUNDS = {"at-least-one": Bounds(6, 2, 3), "at-most-one": Bounds(6, 0.001, 6)}  # 1 ms: the order of the events
 MEMORY, THREADS, DESCRIPTORS = 1.25, 2, 4  # times the memory, and how many more, than after the first rounds
 WARM_UP = 5  # rounds, before the memory counts
 EVERY = 0.01  # s between the client's questions
@@ -246,7 +256,8 @@ class Kind:
     ends: bool = False
 
 
-ALL, NONE = slice(None), None
+ALL = slice(None)
+CUT = "cut from ZooKeeper"
 OF_HOSTS = {
     "SIGSTOP": Kind(partial(signalled, sig=signal.SIGSTOP), ALL),
     "SIGKILL": Kind(partial(signalled, sig=signal.SIGKILL), ALL, ends=True),
@@ -254,7 +265,7 @@ OF_HOSTS = {
     "SIGHUP": Kind(reloaded, ends=True),
     "host dies": Kind(died, ALL, ends=True),
     **{how: Kind(partial(cut, how=how), ALL) for how in ("unplug", "isolate", "deafen", "mute")},
-    "cut from ZooKeeper": Kind(partial(cut, how="cut_zookeeper")),
+    CUT: Kind(partial(cut, how="cut_zookeeper")),
     "bad cable": Kind(partial(bad_cable, most=0.2)),
     "down and up": Kind(down_and_up, ALL),
     "made anew": Kind(made_anew, ALL),
@@ -311,6 +322,7 @@ class Round:
     """What was done, what was seen, what was wrong."""
 
     number: int
+    promise: str
     done: list[tuple[str, str, float, float]] = field(default_factory=list)  # to whom, what, since and until when
     unfit: dict[str, dict[str, list[Span]]] = field(default_factory=dict)  # IP, host, when
     healed: float = 0.0  # when all faults had ended and all agents answered
@@ -319,6 +331,10 @@ class Round:
     two: float = 0.0
     again: float = 0.0
     wrong: list[str] = field(default_factory=list)
+
+    @property
+    def bounds(self) -> Bounds:
+        return BOUNDS[self.promise]
 
     def judge(self, result: Result) -> None:
         """Hold it against the bounds."""
@@ -329,8 +345,9 @@ class Round:
             away = max(longest(common(outages, spans)) for spans in fit.values())
             serving = [common(bound[host], fit[host]) for host in bound]
             two = max(longest(common(a, b)) for a, b in itertools.combinations(serving, 2))
+            two = two if self.promise == "at-least-one" else one.longest(2, 99, on_lan=False)
             again = scenarios.one_after(one, self.healed) if self.healed else scenarios.NEVER
-            for name, value, bar in ("away", away, AWAY), ("two", two, TWO), ("one again", again, AGAIN):
+            for name, value, bar in zip(("away", "two", "one again"), (away, two, again), self.bounds, strict=True):
                 if value > bar:
                     self.wrong.append(f"{vip} {name} {value:.2f} s (bound {bar:g})")
             self.away, self.two, self.again = max(self.away, away), max(self.two, two), max(self.again, again)
@@ -367,8 +384,8 @@ def use(host: Host) -> tuple[float, int, int]:
 class Chaos:
     """A cluster under fire."""
 
-    def __init__(self, cluster: Cluster, directory: Path) -> None:
-        self.c, self.directory = cluster, directory
+    def __init__(self, cluster: Cluster, promise: str, directory: Path) -> None:
+        self.c, self.promise, self.directory = cluster, promise, directory
         self.spared = cluster.hosts[-1]  # its agent's process lives all the time
         self.rounds: list[Round] = []
         self.uses: list[tuple[float, int, int]] = []
@@ -385,7 +402,7 @@ class Chaos:
             python.mkdir()
             (python / "sitecustomize.py").write_text(SITECUSTOMIZE.format(clock=str(clock(host))))
             host.environment = {"PYTHONPATH": str(python)}
-        self.c.reset(3, CONFIG)
+        self.c.reset(3, {**CONFIG, "promise": self.promise})
         self.c.services = {host: Service(host) for host in self.c.hosts}
         self.c.vips = [self.c.add(**CHECKED), self.c.add(vip=self.c.fresh(6)), self.c.add()]
         for vip in self.c.vips:
@@ -393,7 +410,7 @@ class Chaos:
 
     def round(self, events: list[Event]) -> Round:
         """Do all that, mend it, and judge what was seen."""
-        c, r = self.c, Round(len(self.rounds) + 1)
+        c, r = self.c, Round(len(self.rounds) + 1, self.promise)
         r.unfit = {vip: {host.name: [] for host in c.hosts} for vip in c.vips}
         holder, others = c.settled(c.vips[0], 30)
         queue, pairs = [holder, *others], list[tuple[Event, Host]]()
@@ -418,7 +435,7 @@ class Chaos:
                 r.settled = True
             except (AssertionError, RuntimeError, OSError) as error:
                 r.wrong.append(f"not mended: {error}")
-            pause(max(0.5, r.healed + AGAIN + 0.5 - now()))
+            pause(max(0.5, r.healed + r.bounds.again + 0.5 - now()))
         r.judge(observer.result)
         for host in c.hosts:
             if not host.alive:
@@ -431,7 +448,9 @@ class Chaos:
     def _befall(self, r: Round, event: Event, host: Host) -> None:
         pause(event.at)
         kind, began = OF_HOSTS.get(event.fault) or OF_ZOOKEEPER[event.fault], now()
-        spans = [r.unfit[vip][host.name] for vip in self.c.vips[kind.unfit]] if kind.unfit else []
+        everybody, strict = event.fault in OF_ZOOKEEPER, self.promise == "at-most-one"
+        vips = self.c.vips[ALL if strict and (everybody or event.fault == CUT) else kind.unfit or slice(0)]
+        spans = [r.unfit[vip][each.name] for vip in vips for each in (self.c.hosts if everybody else [host])]
         for span in spans:
             span.append((began, scenarios.NEVER))
         try:
@@ -443,7 +462,7 @@ class Chaos:
         except (AssertionError, RuntimeError, OSError) as error:
             r.wrong.append(f"{event.fault}: {error}")
         for span in spans:
-            span[-1] = (began, now())
+            span[span.index((began, scenarios.NEVER))] = (began, now())
         r.done.append((host.name if event.fault in OF_HOSTS else "ZooKeeper", event.fault, began, now()))
 
     def keep(self, r: Round, result: Result) -> None:
@@ -479,10 +498,11 @@ class Chaos:
         away, two, again = (max(getattr(r, name) for r in self.rounds) for name in ("away", "two", "again"))
         faults = sum(len(r.done) for r in self.rounds)
         end = "as it should be" if not self.rounds[-1].wrong else "; ".join(self.rounds[-1].wrong)
+        bounds = BOUNDS[self.promise]
         line = (
-            f"{faults} faults in {len(self.rounds)} rounds on {len(self.c.hosts)} hosts; "
-            f"longest away {away:.2f} s (bound {AWAY:g}), longest two {two:.2f} s (bound {TWO:g}), "
-            f"one again after {again:.2f} s (bound {AGAIN:g}); in the end {end}; "
+            f"{self.promise}, {faults} faults in {len(self.rounds)} rounds on {len(self.c.hosts)} hosts; "
+            f"longest away {away:.2f} s (bound {bounds.away:g}), longest two {two:.2f} s (bound {bounds.two:g}), "
+            f"one again after {again:.2f} s (bound {bounds.again:g}); in the end {end}; "
             f"memory {first[0]:.1f} -> {last[0]:.1f} MB (bound {MEMORY * first[0]:.1f}), "
             f"threads {first[1]} -> {last[1]} (bound {first[1] + THREADS}), "
             f"descriptors {first[2]} -> {last[2]} (bound {first[2] + DESCRIPTORS})"
@@ -499,6 +519,7 @@ def main(arguments: list[str] | None = None) -> int:
     option("--minutes", type=float, default=10, metavar="N", help="how long (10)")
     option("--seed", type=int, metavar="S", help="the schedule's; without it a new one")
     option("--hosts", type=int, choices=(3, 4, 5), help="how many; without it the seed says")
+    option("--promise", choices=[*BOUNDS], default="at-least-one", help="what the agents are told (at-least-one)")
     option("--list", type=int, metavar="N", help="print the first N rounds of the schedule only")
     option("--keep", type=Path, metavar="DIRECTORY", help="for pictures and logs of rounds that went wrong")
     options = parser.parse_args(arguments)
@@ -512,7 +533,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     with Lab(hosts) as world:
         directory = options.keep or Path(tempfile.gettempdir(), f"link-chaos-{seed}")
-        chaos = Chaos(Cluster(world), directory)
+        chaos = Chaos(Cluster(world), options.promise, directory)
         chaos.prepare()
         with contextlib.suppress(KeyboardInterrupt):
             chaos.run(schedule, 60 * options.minutes)

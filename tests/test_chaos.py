@@ -22,20 +22,25 @@ ENDED = 20.0
 HOSTS = ("node1", "node2")
 
 
-def judged(bound: dict[str, list[Span]], outages: list[Span], unfit: dict[str, list[Span]] | None = None) -> Any:
+def judged(
+    bound: dict[str, list[Span]],
+    outages: list[Span],
+    unfit: dict[str, list[Span]] | None = None,
+    promise: str = "at-least-one",
+) -> Any:
     """A round of 20 s in which these hosts had the IP; all faults had ended 8 s before its end."""
     raw: dict[str, Any] = {
         "began": 0.0, "ended": ENDED, "bound": {"vip": {host: bound.get(host, []) for host in HOSTS}},
         "probes": {"vip": {"sent": 1, "lost": 0, "outages": outages, "holders": [("node1", 0.0, ENDED)]}},
     }  # fmt: skip
-    r = chaos.Round(1, unfit={"vip": {host: (unfit or {}).get(host, []) for host in HOSTS}}, healed=ENDED - 8)
+    r = chaos.Round(1, promise, unfit={"vip": {host: (unfit or {}).get(host, []) for host in HOSTS}}, healed=ENDED - 8)
     result = Result(raw, {host: [] for host in HOSTS}, ["vip"])
     r.judge(result)
     return r, result
 
 
 ALWAYS = [(0.0, ENDED)]
-AWAY = (1.0, 1.0 + chaos.AWAY + 0.1)
+AWAY = (1.0, 1.0 + 6 + 0.1)
 
 
 def test_one_holder_who_always_answers_is_as_it_should_be() -> None:
@@ -57,6 +62,12 @@ def test_two_fit_hosts_have_it_and_still_do_when_all_has_ended() -> None:
     late = {"node1": ALWAYS, "node2": [(1.0, 15.5)]}
     assert judged(late, [], {"node2": [(0.0, 14.0)]})[0].wrong == ["vip one again 3.50 s (bound 3)"]
     assert judged({"node1": [(0.0, 15.0)]}, [])[0].wrong == ["vip one again inf s (bound 3)"]
+
+
+def test_with_at_most_one_two_hosts_never_have_it_fit_or_not() -> None:
+    briefly = {"node1": ALWAYS, "node2": [(1.0, 1.01)]}
+    assert judged(briefly, [], {"node2": ALWAYS}, "at-most-one")[0].wrong == ["vip two 0.01 s (bound 0.001)"]
+    assert not judged({"node1": [(0.0, 1.0)], "node2": [(1.0, ENDED)]}, [], {}, "at-most-one")[0].wrong
 
 
 def test_what_is_wrong_is_in_the_picture() -> None:

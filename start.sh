@@ -13,7 +13,7 @@ Usage: sudo ./start.sh [--zookeeper]          three hosts on this machine to pla
                                               (--zookeeper: with a private ZooKeeper; without, the wire decides)
        sudo ./start.sh interfaces [remove]    make (remove) eth10, eth11 and eth12 on this machine
        sudo ./start.sh test [PATH_OR_OPTION…] run the tests in these paths; without a path the whole suite
-       sudo ./start.sh bench [OPTIONS]        measure
+       sudo ./start.sh bench [OPTIONS]        measure; with --peers beside keepalived and ucarp
        sudo ./start.sh chaos [--minutes N] [--seed S]   random faults on real agents, and what the client sees of them
        sudo ./start.sh LINK.PY OPTIONS        run link.py itself, for example: --config link.yml, --version, --check
 
@@ -268,7 +268,7 @@ remove_interface() {
 
 # run_tests PATH_OR_OPTION...: what is named, or everything: first what measures nothing, a test for each processor.
 run_tests() {
-    local argument paths=() quick=(test_link.py tests/test_sim.py tests/test_network.py)
+    local argument paths=() quick=(test_link.py tests/test_sim.py tests/test_network.py tests/test_peers.py)
     for argument in "$@"; do
         [[ $argument == -* || ! -e ${argument%%::*} ]] || paths+=("${argument%%::*}")
     done
@@ -309,6 +309,7 @@ main() {
         ;;
     bench)
         packages zookeeper
+        [[ " $* " != *" --peers "* ]] || packages keepalived ucarp
         python_packages requirements.txt
         exec "$VENV/bin/python" tests/bench.py "${@:2}"
         ;;

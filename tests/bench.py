@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import peers
 from lab import Lab
 from scenarios import ROWS, Cluster, Measured, Row
 
@@ -119,7 +120,8 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description="Measure LinK against the bars of scenarios.py.")
     option = parser.add_argument
-    option("--runs", type=int, default=20, metavar="N", help="runs per row (20); some rows take a part or a multiple")
+    option("--runs", type=int, metavar="N", help="runs per row (20; with --peers 4); some take a part or a multiple")
+    option("--peers", action="store_true", help="beside keepalived and ucarp, and write the table into the README")
     option("--only", nargs="+", default=["*"], metavar="PATTERN", help="rows by name, for example 'host death*'")
     option("--list", action="store_true", help="print the rows and their bars")
     option("--quick", action="store_true", help="a sixth of the time where a row waits long")
@@ -127,6 +129,10 @@ def main() -> int:
     option("--markdown", action="store_true", help="do not align the columns of the table")
     option("--logs", type=Path, metavar="DIRECTORY", help="keep the agents' logs of runs that went wrong")
     options = parser.parse_args()
+    if options.peers:
+        with room_for_neighbours():
+            return peers.main(options.runs or 4, options.only)
+    options.runs = options.runs or 20
     rows = [row for row in ROWS if any(fnmatch.fnmatch(row.name, pattern) for pattern in options.only)]
     if options.list or not rows:
         print("\n".join(f"{row.name}\n    {row.bar}" for row in rows or ROWS))

@@ -400,6 +400,7 @@ def figures(
     return {
         "away": gap(at),
         "away before": gap(0, at),
+        "away until the end": gap(at, ended),
         "gap after the end": gap(ended),
         "all answering": NEVER if quiet > client.ended - 0.1 else quiet - at,
         "clients follow": max(t[-1][1] - at if t and t[-1][0] != victim.name else NEVER for t in turns),
@@ -827,11 +828,12 @@ def idle(c: Cluster) -> Measured:
 
 
 def cost(host: Host) -> tuple[float, float, float]:
-    """CPU seconds so far and megabytes of the agent; packets that its host has sent."""
+    """CPU seconds so far and megabytes of the agent and what it has started; packets that its host has sent."""
     assert host.agent
-    process = Path(f"/proc/{host.agent.pid}")
-    ticks = sum(map(int, (process / "stat").read_text().rpartition(")")[2].split()[11:13]))
-    pages = int((process / "statm").read_text().split()[1])
+    processes = [Path("/proc", pid) for pid in run("pgrep", "-g", str(host.agent.pid)).split()]
+    stats = [(process / "stat").read_text().rpartition(")")[2].split() for process in processes]
+    ticks = sum(int(stat[11]) + int(stat[12]) for stat in stats)
+    pages = sum(int((process / "statm").read_text().split()[1]) for process in processes)
     link = json.loads(host.ip(f"-j -s link show dev {host.interface}"))[0]
     return ticks / os.sysconf("SC_CLK_TCK"), pages * os.sysconf("SC_PAGE_SIZE") / 1e6, link["stats64"]["tx"]["packets"]
 

@@ -10,7 +10,7 @@ HOSTS = ("#4c8bf5", "#e69f00", "#2aa876", "#b06fd8", "#8a8d91")  # a colour for 
 AWAY, FAULT = "#d6453d", "#9aa0a6"
 LEFT, WIDTH, LANE, AXIS = 170, 1000, 22, 34  # pixels: the names, the whole, a lane, the axis
 STYLE = """<style>
-text { font: 12px sans-serif; fill: #24292f }
+text { font: 12px sans-serif; fill: #6b7280 }
 .title { font-weight: bold }
 .bar text { font-size: 11px; fill: #111 }
 .rule { stroke: #8884 }

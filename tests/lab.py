@@ -384,7 +384,7 @@ class Host:
             self.presence.append((time.monotonic(), True))
             ip(self.lab.switch, f"link set {self.port} up")
             self._bridge("learning on flood on mcast_flood on bcast_flood on locked off")
-            self._bridge("state 3")
+            wait_until(self._forwards, 5, f"{self.port} forwards")
             self._faulty = False
         if self._relay:
             reap(self._relay)
@@ -394,6 +394,13 @@ class Host:
             self.ip(f"neigh del {self.lab.address(ZOOKEEPER)} dev {self.interface}")
             ip(self.lab.zk, f"neigh del {self.address} dev eth0")
             self._cut = False
+
+    def _forwards(self) -> bool:
+        """Let the port forward frames; False while the kernel has yet to notice that its cable is there again."""
+        with contextlib.suppress(RuntimeError):
+            self._bridge("state 3")
+            return True
+        return False
 
     def _bridge(self, settings: str) -> None:
         self._faulty = True

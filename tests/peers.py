@@ -17,6 +17,7 @@ import re
 import signal
 import statistics
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -329,8 +330,8 @@ class Arena:
                 lines.append(f"| {line.words} | {' | '.join(cells)} |")
                 if medians and self.clusters[0].label not in best:
                     better.append(f"{line.words} ({', '.join(sorted(best))})")
-        lines += ["", f"**Bold**: the best of its row. A peer is better at: {'; '.join(better) or 'nothing here'}."]
-        return lines
+        said = f"**Bold**: the best of its row. A peer is better at: {'; '.join(better) or 'nothing here'}."
+        return [*lines, "", *textwrap.wrap(said, 150)]
 
     def story(self) -> str:
         """The picture: LinK and keepalived with its defaults through a planned move and a host death."""
@@ -411,7 +412,14 @@ def main(runs: int, only: Sequence[str] = ("*",)) -> int:
                 if number < max(1, round(compared.times * runs / 4)):
                     arena.compare(compared)
         picture = arena.story() if whole else ""
-    text = "\n".join([*arena.table(), "", caption(runs, load), *(f"FAILED: {failed}" for failed in arena.failed)])
+    text = "\n".join(
+        [
+            *arena.table(),
+            "",
+            *textwrap.wrap(caption(runs, load), 150),
+            *(f"FAILED: {failed}" for failed in arena.failed),
+        ]
+    )
     print(text)
     if whole:
         PICTURE.write_text(picture)

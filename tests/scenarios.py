@@ -830,10 +830,13 @@ def idle(c: Cluster) -> Measured:
 def cost(host: Host) -> tuple[float, float, float]:
     """CPU seconds so far and megabytes of the agent and what it has started; packets that its host has sent."""
     assert host.agent
-    processes = [Path("/proc", pid) for pid in run("pgrep", "-g", str(host.agent.pid)).split()]
-    stats = [(process / "stat").read_text().rpartition(")")[2].split() for process in processes]
-    ticks = sum(int(stat[11]) + int(stat[12]) for stat in stats)
-    pages = sum(int((process / "statm").read_text().split()[1]) for process in processes)
+    ticks = pages = 0
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            stat = file.read_text().rpartition(")")[2].split()
+            if int(stat[2]) == host.agent.pid:  # its process group
+                ticks += int(stat[11]) + int(stat[12])
+                pages += int(stat[21])
     link = json.loads(host.ip(f"-j -s link show dev {host.interface}"))[0]
     return ticks / os.sysconf("SC_CLK_TCK"), pages * os.sysconf("SC_PAGE_SIZE") / 1e6, link["stats64"]["tx"]["packets"]
 

@@ -347,13 +347,18 @@ class Host:
 
         Not every kernel has netem, so a process hands the frames over between the cable and the switch.
         """
-        ip(self.lab.switch, f"link add {self.port}a type veth peer name {self.port}b")
-        ip(self.lab.switch, *(f"link set {self.port}{end} up" for end in "ab"), f"link set {self.port} nomaster")
+        ends = [f"link set {self.port}{end} up" for end in "ab"]
+        ip(self.lab.switch, f"link add {self.port}a type veth peer name {self.port}b", *ends)
+        ip(self.lab.switch, f"link set {self.port}b master br0")
+        wait_until(lambda: self._forwards(f"{self.port}b"), 5, f"the other port of {self.name} forwards")
         numbers = map(str, (loss, delay, jitter))
         inside = ["ip", "netns", "exec", self.lab.switch, sys.executable, "-IS", str(HERE), "relay"]
-        self._relay = self.lab.spawn([*inside, self.port, f"{self.port}a", *numbers], stdout=subprocess.PIPE)
-        assert self._relay.stdout and self._relay.stdout.readline(), f"the bad cable of {self.name} does not work"
-        ip(self.lab.switch, f"link set {self.port}b master br0")
+        command = [*inside, self.port, f"{self.port}a", *numbers]
+        self._relay = self.lab.spawn(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._relay.stdin and self._relay.stdout
+        assert self._relay.stdout.readline(), f"the bad cable of {self.name} does not work"
+        ip(self.lab.switch, f"link set {self.port} nomaster")
+        self._relay.stdin.close()  # it may begin
 
     def power_off(self) -> None:
         """The host dies: all at once, with no last word."""
@@ -384,7 +389,7 @@ class Host:
             self.presence.append((time.monotonic(), True))
             ip(self.lab.switch, f"link set {self.port} up")
             self._bridge("learning on flood on mcast_flood on bcast_flood on locked off")
-            wait_until(self._forwards, 5, f"{self.port} forwards")
+            wait_until(lambda: self._forwards(self.port), 5, f"{self.port} forwards")
             self._faulty = False
         if self._relay:
             reap(self._relay)
@@ -395,10 +400,10 @@ class Host:
             ip(self.lab.zk, f"neigh del {self.address} dev eth0")
             self._cut = False
 
-    def _forwards(self) -> bool:
-        """Let the port forward frames; False while the kernel has yet to notice that its cable is there again."""
+    def _forwards(self, port: str) -> bool:
+        """Let a port forward frames; False while the kernel has yet to notice that its cable is there."""
         with contextlib.suppress(RuntimeError):
-            self._bridge("state 3")
+            run("bridge", "-n", self.lab.switch, "link", "set", "dev", port, "state", "3")
             return True
         return False
 
@@ -825,12 +830,13 @@ def respond(name: str) -> None:
 
 
 def relay(ends: Sequence[str], loss: float, delay: float, jitter: float) -> None:
-    """The bad cable's process: hands frames over between two interfaces; see `Host.worsen`."""
+    """The bad cable's process: hands frames over between two interfaces once stdin ends; see `Host.worsen`."""
+    print("ready", flush=True)
+    sys.stdin.read()
     socks = [socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) for _ in ends]
     for sock, name in zip(socks, ends, strict=True):
         sock.bind((name, 3))
         sock.setsockopt(263, 15, 1)  # SOL_PACKET, PACKET_VNET_HDR: checksums yet to be made, segments yet to be cut
-    print("ready", flush=True)
     late: list[tuple[float, int, socket.socket, bytes]] = []
     for number in itertools.count():
         for sock in select.select(socks, [], [], max(0.0, late[0][0] - time.monotonic()) if late else None)[0]:

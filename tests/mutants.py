@@ -3,8 +3,9 @@
 python mutants.py             all of them: who found each, and after how many seconds
 python mutants.py WORD...     those whose names have one of these words
 
-Both suites run at the same time, each to its first failure; the first one counts. A bug that survives is a hole in
-them. A change that does not apply exactly once is an error: its line in link.py has changed, follow it.
+The suites (the simulation in two halves) run at the same time, each to its first failure; the first one counts. A bug
+that survives is a hole in them. A change that does not apply exactly once is an error: its line in link.py has changed,
+follow it.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITES = ("test_link.py", "tests/test_sim.py")
 BUT = "not mutant and not fresh and not short"  # what starts this, takes a minute, and counts lines
-PATIENCE = 600.0  # seconds for both suites
+SUITES = (
+    ("test_link.py", BUT),
+    ("tests/test_sim.py", f"scene and {BUT}"),
+    ("tests/test_sim.py", f"not scene and {BUT}"),
+)
+PATIENCE = 600.0  # seconds for all
 
 MUTANTS = {  # name -> a line's part, and what stands there instead
     "skips the witness": ("silent = f.proven and (f.deaf == 0 or isolated)", "silent = f.proven"),
@@ -47,7 +52,7 @@ MUTANTS = {  # name -> a line's part, and what stands there instead
 class Found(NamedTuple):
     by: str  # a test's name; "": it has survived
     seconds: float
-    processor: float  # seconds of both suites together: on two idle processors about twice the seconds
+    processor: float  # seconds of all together: on two idle ones about twice the seconds
 
 
 def plant(name: str, text: str) -> str:
@@ -65,9 +70,9 @@ def find(name: str) -> Found:
         copy = Path(folder) / "link"
         shutil.copytree(ROOT, copy, ignore=skipped)
         (copy / "link.py").write_text(plant(name, (ROOT / "link.py").read_text(encoding="utf-8")), encoding="utf-8")
-        options = ["-x", "-q", "--tb=no", "--no-header", "-p", "no:cacheprovider", "-k", BUT]
-        command = [sys.executable, "-m", "pytest", *options]
-        runs = [subprocess.Popen([*command, suite], cwd=copy, stdout=subprocess.PIPE, text=True) for suite in SUITES]
+        pytest = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "--no-header", "-p", "no:cacheprovider"]
+        commands = [[*pytest, suite, "-k", words] for suite, words in SUITES]
+        runs = [subprocess.Popen(command, cwd=copy, stdout=subprocess.PIPE, text=True) for command in commands]
         try:
             while time.monotonic() < began[0] + PATIENCE and not (failed := [run for run in runs if run.poll()]):
                 if all(run.poll() == 0 for run in runs):

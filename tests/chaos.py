@@ -283,6 +283,11 @@ OF_ZOOKEEPER = {
 }
 
 
+def ends(event: Event) -> bool:
+    """Whether it ends an agent's process."""
+    return event.fault in OF_HOSTS and OF_HOSTS[event.fault].ends
+
+
 def rounds(seed: int, hosts: int) -> Iterator[list[Event]]:
     """The schedule, without an end: one to three faults a round, on different hosts, one of them on ZooKeeper's."""
     dice = random.Random(seed)
@@ -290,12 +295,24 @@ def rounds(seed: int, hosts: int) -> Iterator[list[Event]]:
         ranks = dice.sample(range(hosts), min(hosts, dice.choice((1, 1, 2, 2, 3))))
         if 0 not in ranks and dice.random() < 0.5:
             ranks[0] = 0  # it is the holder whom most faults should befall
-        with_zookeeper, events = dice.random() < 0.35, []
+        with_zookeeper, events = dice.random() < 0.35, list[Event]()
         for rank in ranks:
             kinds = OF_ZOOKEEPER if with_zookeeper and rank == ranks[-1] else OF_HOSTS
+            if sum(ends(event) for event in events) == hosts - 1:  # one agent is spared
+                kinds = {name: kind for name, kind in kinds.items() if not kind.ends}
             lasts = round(0.2 * 40 ** dice.random(), 2)  # 0.2 to 8 s, short ones as often as long ones
             events.append(Event(dice.choice([*kinds]), round(dice.uniform(0, 3), 2), lasts, rank, dice.getrandbits(32)))
         yield events
+
+
+def victims(events: Iterable[Event], queue: list[Host], spared: Host) -> list[tuple[Event, Host]]:
+    """Each fault's host: the one at its place, or where that is taken (or spared, and its agent would end) the next."""
+    pairs = list[tuple[Event, Host]]()
+    for event in sorted(events, key=ends, reverse=True):
+        taken = [host for other, host in pairs if other.fault in OF_HOSTS] if event.fault in OF_HOSTS else []
+        free = [host for host in queue[event.rank :] + queue if not (ends(event) and host is spared)]
+        pairs.append((event, next(host for host in free if host not in taken)))
+    return pairs
 
 
 # ------------------------------------------------------------------------------------------------------ the bounds
@@ -407,17 +424,14 @@ class Chaos:
         self.c.vips = [self.c.add(**CHECKED), self.c.add(vip=self.c.fresh(6)), self.c.add()]
         for vip in self.c.vips:
             self.c.settled(vip, 30)
+        self.uses.append(use(self.spared))
 
     def round(self, events: list[Event]) -> Round:
         """Do all that, mend it, and judge what was seen."""
         c, r = self.c, Round(len(self.rounds) + 1, self.promise)
         r.unfit = {vip: {host.name: [] for host in c.hosts} for vip in c.vips}
         holder, others = c.settled(c.vips[0], 30)
-        queue, pairs = [holder, *others], list[tuple[Event, Host]]()
-        for event in events:  # another victim for what would end the one that is spared, or another's in this round
-            kind = OF_HOSTS.get(event.fault)
-            free = [host for host in queue[event.rank :] + queue if not (kind and kind.ends and host is self.spared)]
-            pairs.append((event, next(host for host in free if host not in [victim for _, victim in pairs])))
+        pairs = victims(events, [holder, *others], self.spared)
         c.mark()
         for service in c.services.values():  # nobody accepts: after 1024 checks its queue would be full
             service.stop()
@@ -479,9 +493,13 @@ class Chaos:
         until = now() + seconds
         while not self.rounds or now() < until:
             events = next(schedule)
-            r = self.round(events)
+            try:
+                r = self.round(events)
+            except (AssertionError, RuntimeError, OSError) as error:
+                r = Round(len(self.rounds) + 1, self.promise, wrong=[f"could not be done: {error}"])
             self.rounds.append(r)
-            self.uses.append(use(self.spared))
+            if self.spared.alive:
+                self.uses.append(use(self.spared))
             what = "; ".join(f"{whom}: {what} {b - a:.1f} s" for whom, what, a, b in r.done)
             seen = f"away {r.away:.2f}, two {r.two:.2f}, again {r.again:.2f}"
             print(f"{time.strftime('%H:%M:%S')} {r.number}: {what}: {seen}", *r.wrong, sep="; ", file=sys.stderr)
@@ -490,7 +508,7 @@ class Chaos:
 
     def verdict(self) -> tuple[bool, str]:
         """Whether all was well, and the line."""
-        first, last = self.uses[min(WARM_UP, len(self.uses)) - 1], self.uses[-1]
+        first, last = self.uses[min(WARM_UP, len(self.uses) - 1)], self.uses[-1]
         leaks = [name for name, limit, before, after in (
             ("memory", MEMORY * first[0], first[0], last[0]), ("threads", first[1] + THREADS, first[1], last[1]),
             ("descriptors", first[2] + DESCRIPTORS, first[2], last[2])) if after > limit]  # fmt: skip
@@ -537,6 +555,8 @@ def main(arguments: list[str] | None = None) -> int:
         chaos.prepare()
         with contextlib.suppress(KeyboardInterrupt):
             chaos.run(schedule, 60 * options.minutes)
+        if not chaos.rounds:
+            return 1
         well, line = chaos.verdict()
     print(f"seed {seed}: {line}")
     return 0 if well else 1

@@ -106,9 +106,18 @@ def test_the_same_seed_gives_the_same_rounds_and_they_have_all_faults() -> None:
 
 
 @pytest.mark.parametrize("hosts", [3, 4, 5])
-def test_every_number_of_hosts_has_its_rounds(hosts: int) -> None:
-    ranks = Counter(event.rank for events in islice(chaos.rounds(1, hosts), 300) for event in events)
-    assert set(ranks) == set(range(hosts))
+def test_every_fault_has_a_victim_of_its_own_and_one_agent_never_ends(hosts: int) -> None:
+    queue: list[Any] = [f"node{number}" for number in range(hosts)]
+    befallen: Counter[str] = Counter()
+    for spared in queue:
+        for events in islice(chaos.rounds(1, hosts), 2000):
+            pairs = chaos.victims(events, queue, spared)
+            assert {event for event, _ in pairs} == set(events)
+            assert not [event for event, host in pairs if chaos.ends(event) and host == spared]
+            own = [host for event, host in pairs if event.fault in chaos.OF_HOSTS]
+            assert len(set(own)) == len(own)
+            befallen.update(own)
+    assert set(befallen) == set(queue) and befallen["node0"] == max(befallen.values()), "the holder most of all"
 
 
 def test_a_minute_of_chaos_with_a_fresh_seed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1183,6 +1183,35 @@ def hunt(first: int, step: int, seconds: float) -> Hunt:
     raise AssertionError
 
 
+def weigh(agent: link.Api) -> int:
+    """How many objects an agent holds, its client of ZooKeeper included; what is not its own does not count."""
+    foreign = (World, Host, SimZooKeeper, type, ModuleType, FunctionType)
+    known, left = {id(agent)}, [agent]
+    while left:
+        for each in gc.get_referents(left.pop()):
+            if id(each) not in known and not isinstance(each, foreign):
+                known.add(id(each))
+                left.append(each)
+    return len(known)
+
+
+@pytest.mark.parametrize("promise", ["at-most-one", "at-least-one", ""])
+def test_hundreds_of_faults_leave_one_holder_and_no_timer_waiter_or_watch_behind(promise):
+    """Without a promise there is no ZooKeeper."""
+    rng, weights, config = random.Random(1), list[list[int]](), {"promise": promise} if promise else {}
+    with World(1, vips=VIPS, zookeeper=bool(promise), checks=True, session_timeout=2.0, **config) as w:
+        w.begin()
+        while len(weights) < 4:
+            for _ in range(25):
+                squall(w, rng, sick=True, strict=promise == "at-most-one", seconds=4)
+                w.run(1)
+            w.run(6)
+            w.settled(quiet=4)
+            weights.append([max(weigh(h.agent) for h in w.hosts), 1 + len(w.server.sessions), 1 + w.server.watched()])
+    grown = [last / first for first, last in zip(weights[0], weights[-1], strict=True)]
+    assert not w.wrong and max(grown) < 1.5, (w.wrong[:3], weights)
+
+
 # == Scenarios: each fails where its rule is taken out of link.py ==============
 
 ROLES = ("holder", "first", "second")  # the standbys as they are in the queue
@@ -2109,35 +2138,6 @@ FOUND = (70,)  # what these have found is mended
 @table("seed", FOUND)
 def test_what_a_schedule_has_found_stays_mended(seed):
     assert not storm(seed).wrong
-
-
-def weigh(agent: link.Api) -> int:
-    """How many objects an agent holds, its client of ZooKeeper included; what is not its own does not count."""
-    foreign = (World, Host, SimZooKeeper, type, ModuleType, FunctionType)
-    known, left = {id(agent)}, [agent]
-    while left:
-        for each in gc.get_referents(left.pop()):
-            if id(each) not in known and not isinstance(each, foreign):
-                known.add(id(each))
-                left.append(each)
-    return len(known)
-
-
-@pytest.mark.parametrize("promise", ["", "at-least-one", "at-most-one"])
-def test_hundreds_of_faults_leave_one_holder_and_no_timer_waiter_or_watch_behind(promise):
-    """Without a promise there is no ZooKeeper."""
-    rng, weights, config = random.Random(1), list[list[int]](), {"promise": promise} if promise else {}
-    with World(1, vips=VIPS, zookeeper=bool(promise), checks=True, session_timeout=2.0, **config) as w:
-        w.begin()
-        while len(weights) < 4:
-            for _ in range(25):
-                squall(w, rng, sick=True, strict=promise == "at-most-one", seconds=4)
-                w.run(1)
-            w.run(6)
-            w.settled(quiet=4)
-            weights.append([max(weigh(h.agent) for h in w.hosts), 1 + len(w.server.sessions), 1 + w.server.watched()])
-    grown = [last / first for first, last in zip(weights[0], weights[-1], strict=True)]
-    assert not w.wrong and max(grown) < 1.5, (w.wrong[:3], weights)
 
 
 # -- bugs that are planted

@@ -29,7 +29,6 @@ import yaml
 from packaging.version import Version
 
 import lab
-import link
 from scenarios import Cluster, next_version
 
 HERE = Path(__file__).resolve().parents[1]
@@ -80,26 +79,18 @@ def test_the_yaml_files_pass_yamllint() -> None:
     output_of(tool("yamllint"), "--strict", ".", cwd=ANSIBLE)
 
 
-@pytest.mark.parametrize("role", ROLES, ids=lambda role: role.name)
-def test_defaults_and_argument_specs_and_readme_of_a_role_say_the_same(role: Path) -> None:
-    defaults = load(role / "defaults/main.yml")
-    specs = load(role / "meta/argument_specs.yml")["argument_specs"]["main"]["options"]
-    assert {name: spec["default"] for name, spec in specs.items()} == defaults
-    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", (role / "README.md").read_text(), re.M)
-    assert {name: yaml.safe_load(value) for name, value in rows} == defaults
-    assert all(name.startswith(role.name + "_") for name in defaults)
-
-
-def test_the_link_role_has_a_variable_for_every_key_of_the_configuration() -> None:
-    defaults, specs = load(ROLES[0] / "defaults/main.yml"), load(ROLES[0] / "meta/argument_specs.yml")
-    options = specs["argument_specs"]["main"]["options"]
-    assert load(ROLES[0] / "vars/main.yml")["link_keys"] == [option.name for option in link.OPTIONS]
-    for option in link.OPTIONS:
-        default, name = option.metadata["default"], f"link_{option.name}"
-        if option.name not in ("interface", "zookeeper"):  # these the role finds out by itself
-            assert defaults[name] == default, name
-        assert options[name]["type"] == {str: "str", int: "int", float: "float", list: "list"}[type(default)], name
-        assert options[name].get("choices", []) == list(option.metadata["choices"]), name
+def test_a_variable_of_a_role_stands_in_its_defaults_its_argument_specs_and_the_readme() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| `(.+?)` \|", (ANSIBLE / "README.md").read_text(), re.M))
+    for role in ROLES:
+        defaults = load(role / "defaults/main.yml")
+        assert (
+            load(role / "meta/argument_specs.yml")["argument_specs"]["preflight"]["options"].keys() == defaults.keys()
+        )
+        assert all(name.startswith(role.name + "_") for name in defaults)
+        for name, default in defaults.items():
+            row = rows.pop(name)  # a default that is found out is told in words
+            assert "{{" in str(default) or yaml.safe_load(row) == default, name
+    assert rows.keys() == {"link_state", "zookeeper_state"}
 
 
 def test_the_pinned_packages_are_those_of_requirements_txt() -> None:
@@ -112,8 +103,8 @@ def test_the_pinned_packages_are_those_of_requirements_txt() -> None:
 
 def test_the_unit_scores_at_most_two(tmp_path: Path) -> None:
     text = (ROLES[0] / "templates/link.service.j2").read_text()
-    values = {"link_install_dir": "/opt/link", "link_account": "daemon", "link_watchdog": "5"}
-    text = re.sub(r"\{\{ (\w+)[^}]*\}\}", lambda m: values.get(m[1], "link" if "state_dir" in m[0] else "15"), text)
+    text = re.sub(r"\{\{ (\w+)[^}]*\}\}", lambda m: {"link_watchdog": "5"}.get(m[1], "link"), text)
+    text = re.sub("^(User|Group)=link$", r"\1=daemon", text, flags=re.M)
     (tmp_path / "link.service").write_text(text.partition("\n")[2])
     said = output_of(tool("systemd-analyze"), "security", "--offline=true", str(tmp_path / "link.service"))
     score = re.search(r"exposure level for link.service: ([\d.]+)", said)
@@ -278,12 +269,12 @@ class Site(Cluster):
         self.program.write_text(self.source)  # as it is now: somebody may be at work on it
         self.variables: dict[str, Any] = {"link_ips": [{"ip": f"{VIP}/32"}], "link_source": str(self.program)}
 
-    def play(self, *arguments: str, without: str = "", fails: bool = False, **variables: Any) -> Play:
-        """Run site.yml; `variables` are for this time only."""
+    def play(self, *arguments: str, without: str = "", fails: bool = False, line: str = "", **variables: Any) -> Play:
+        """Run site.yml; `variables` are for this time only, and so is a host's `line` in the inventory."""
         # three lines, and what only a test needs: the key, and each host's interface
-        hosts = [f"{h.name} ansible_host={h.address} link_interface={h.interface}" for h in self.hosts]
-        ssh = [f"ansible_ssh_private_key_file={self.key}", "ansible_user=root"]
-        lines = ["[link]", *(line for line in hosts if line.split()[0] != without), "[link:vars]", *ssh]
+        line = line or "{0.name} ansible_host={0.address} link_interface={0.interface}"
+        hosts = [line.format(host) for host in self.hosts if host.name != without]
+        lines = ["[link]", *hosts, "[link:vars]", f"ansible_ssh_private_key_file={self.key}", "ansible_user=root"]
         inventory, told = self.lab.directory / "inventory.ini", self.lab.directory / "variables.json"
         inventory.write_text("\n".join(lines) + "\n")
         told.write_text(json.dumps({**self.variables, **variables}))  # not on the command line: Ansible may show that
@@ -364,10 +355,47 @@ def untouched(site: Site) -> list[str]:
     return ["\n".join(li for li in host.sh(look).splitlines() if not noise.search(li)) for host in site.hosts]
 
 
-WRONG: dict[str, tuple[dict[str, Any], str]] = {
+PORT = "ip link add br9 type bridge; ip link add p9 type veth peer name q9; ip link set p9 up master br9"
+WRONG: dict[str, tuple[dict[str, Any], str]] = {  # what is said to the playbook; "do" and "undo": first, on each host
     "no such interface": (
         {"link_interface": "eth9"},
         r'has no interface "eth9"\. Set link_interface to .* one of: eth1',
+    ),
+    "no default route": (
+        {"line": "{0.name} ansible_host={0.address}", "do": PORT, "undo": "ip link del br9; ip link del p9"},
+        r"has no default route, .* Set link_interface to the one that carries the virtual IPs, one of: br9, eth1\d, p9",
+    ),
+    "port of a bridge": (
+        {"link_interface": "p9", "do": PORT, "undo": "ip link del br9; ip link del p9"},
+        r"node1: p9: p9 is a port of br9: use br9",
+    ),
+    "two hosts of one name": (
+        {"do": "hostname node1", "undo": "hostname -F /etc/hostname"},
+        r"node1 and node2, node3 are both called node1: .* with hostnamectl, or set hostname in link_config",
+    ),
+    "no such key": (
+        {"link_config": {"probe_intervall": 0.1}},
+        r"link\.yml: unknown key 'probe_intervall'; see link\.py --help for the keys",
+    ),
+    "value that cannot be": (
+        {"link_config": {"probe_count": 1}},
+        r"node1: probe_count: one lost packet is no silence; use 0, or 2 or more",
+    ),
+    "API open to everybody": (
+        {"link_config": {"listen": "0.0.0.0:1313"}},
+        r"user: required with password because listen \(0\.0\.0\.0:1313\) is not loopback",
+    ),
+    "variable of an earlier version": (
+        {"link_session_timeout": 5},
+        r"link_session_timeout is no variable .* goes into link_config, as in link_config: {session_timeout: …}",
+    ),
+    "setting of an earlier version": (
+        {"zookeeper_sync_limit": 5},
+        r"zookeeper_sync_limit is no variable .* goes into zookeeper_config, as in zookeeper_config: {syncLimit: 4}",
+    ),
+    "servers known by loopback only": (
+        {"zookeeper_address": "localhost"},
+        r"node1 has no address for localhost, or only one of loopback\. Set zookeeper_address of that host",
     ),
     "address of a host": (
         {"link_ips": [{"ip": "10.77.0.2/32"}]},
@@ -377,7 +405,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "old Python": ({"link_python": "/usr/local/bin/python3.9"}, r"is Python 3\.9; LinK needs 3\.11 .* set link_python"),
     "unreachable ZooKeeper": (
         {"link_zookeeper": "10.77.0.200:2181"},
-        r"reaches 0 of the 1 ZooKeeper servers .* Start them, open their client port .* or correct link_zookeeper",
+        r"reaches 0 of the 1 ZooKeeper servers .*not 10.77.0.200:2181, .* Start them, .* or correct link_zookeeper",
     ),
 }
 
@@ -385,10 +413,15 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_input_stops_at_preflight_with_a_sentence_and_the_hosts_are_untouched(site: Site, wrong: str) -> None:
     variables, sentence = WRONG[wrong]
+    variables = dict(variables)
+    undo = variables.pop("undo", "")
+    do = variables.pop("do", "cd /usr/local/bin; printf '#!/bin/sh\\necho 3.9\\n' >python3.9; chmod +x python3.9")
     for host in site.hosts:
-        host.sh("cd /usr/local/bin; printf '#!/bin/sh\\necho 3.9\\n' >python3.9; chmod +x python3.9")
+        host.sh(do)
     before = untouched(site)
     said = site.play(fails=True, **variables)
+    for host in site.hosts:
+        host.sh(undo)
     assert re.search(sentence, said.sentence), said.text
     assert not any(said.changed.values())
     assert untouched(site) == before
@@ -467,7 +500,9 @@ def test_a_rolling_upgrade_by_the_playbook_loses_nothing(converged: Site) -> Non
 
 def test_changed_variables_and_with_them_a_rolling_restart_of_zookeeper_lose_nothing(converged: Site) -> None:
     holder, pids, servers = converged.healthy(), converged.each("MainPID"), converged.each("MainPID", "zookeeper")
-    converged.variables |= {"link_session_timeout": 5.0, "zookeeper_snapshots": 5}
+    converged.variables |= {
+        "link_config": {"session_timeout": 5.0}, "zookeeper_config": {"autopurge.snapRetainCount": 5},
+    }  # fmt: skip
     with converged.watch(VIP, lost=0) as observer:
         said = converged.play()
         assert converged.healthy() is holder
@@ -531,9 +566,12 @@ def test_tls_and_a_password_can_be_set_while_it_runs_and_the_password_is_never_s
     converged.variables |= {
         "zookeeper_tls_keystore": "/etc/zookeeper/tls/server.pem",
         "zookeeper_tls_truststore": "/etc/zookeeper/tls/ca.pem",
-        "link_zookeeper_tls_ca": "/etc/zookeeper/tls/ca.pem",
-        "link_tls_cert": "/etc/link/api.pem",
-        "link_tls_key": "/etc/link/api.pem",
+        "link_config": {
+            **converged.variables["link_config"],
+            "zookeeper_tls_ca": "/etc/zookeeper/tls/ca.pem",
+            "tls_cert": "/etc/link/api.pem",
+            "tls_key": "/etc/link/api.pem",
+        },
         "link_user": "operator",
         "link_password": PASSWORD,
     }
@@ -582,7 +620,7 @@ def certificates(site: Site, host: Container) -> None:
 
 
 def test_a_dry_run_on_converged_hosts_shows_the_difference_and_makes_none(converged: Site) -> None:
-    said = converged.play("--check", "--diff", zookeeper_snapshots=7)
+    said = converged.play("--check", "--diff", zookeeper_config={"autopurge.snapRetainCount": 7})
     # whatever has happened to them: one file of each host and nothing else
     assert said.changed == {"node1": 1, "node2": 1, "node3": 1}, said.text
     assert said.text.count("+autopurge.snapRetainCount=7") == 3

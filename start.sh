@@ -5,6 +5,7 @@ cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 
 readonly VENV=.venv
 readonly INTERFACES=(eth10 eth11 eth12)
+readonly ZOOKEEPER=(libzookeeper-java libslf4j-java default-jre-headless) # package zookeeper needs a Java with a screen
 readonly DEMO=/run/link-demo # the demo's files, while it runs
 
 usage() {
@@ -72,7 +73,7 @@ demo() {
         esac
         shift
     done
-    packages curl iputils-ping ${zookeeper:+zookeeper}
+    packages curl iputils-ping ${zookeeper:+"${ZOOKEEPER[@]}"}
     python_packages requirements.txt
     [[ ! -e $DEMO/pid || ! -d /proc/$(<"$DEMO/pid") ]] || fail "a demo runs already: end it first (kill $(<"$DEMO/pid"))"
     clear_demo # what a killed one has left
@@ -277,7 +278,7 @@ run_tests() {
     else
         quick=()
     fi
-    [[ ! ${paths[*]} =~ real|story|alerts|tests/?( |$) ]] || packages zookeeper curl
+    [[ ! ${paths[*]} =~ real|story|alerts|tests/?( |$) ]] || packages curl "${ZOOKEEPER[@]}"
     [[ ! ${paths[*]} =~ story|tests/?( |$) ]] || packages chromium chromium-driver fonts-dejavu-core openssl
     [[ ! ${paths[*]} =~ alerts|tests/?( |$) ]] || packages prometheus
     # hosts in containers, the Vagrant files, the scripts
@@ -306,7 +307,7 @@ main() {
         run_tests "${@:2}"
         ;;
     bench)
-        packages zookeeper
+        packages "${ZOOKEEPER[@]}"
         python_packages requirements.txt
         exec "$VENV/bin/python" tests/bench.py "${@:2}"
         ;;

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -269,8 +270,11 @@ class Site(Cluster):
         self.program.write_text(self.source)  # as it is now: somebody may be at work on it
         self.variables: dict[str, Any] = {"link_ips": [{"ip": f"{VIP}/32"}], "link_source": str(self.program)}
 
-    def play(self, *arguments: str, without: str = "", fails: bool = False, line: str = "", **variables: Any) -> Play:
-        """Run site.yml; `variables` are for this time only, and so is a host's `line` in the inventory."""
+    def play(
+        self, *arguments: str, book: str = "site.yml", without: str = "", fails: bool = False, line: str = "",
+        **variables: Any,
+    ) -> Play:  # fmt: skip
+        """Run a playbook; `variables` are for this time only, and so is a host's `line` in the inventory."""
         # three lines, and what only a test needs: the key, and each host's interface
         line = line or "{0.name} ansible_host={0.address} link_interface={0.interface}"
         hosts = [line.format(host) for host in self.hosts if host.name != without]
@@ -287,7 +291,7 @@ class Site(Cluster):
             "ANSIBLE_NOCOLOR": "1",
         }
         inside = ["nsenter", f"--net=/run/netns/{self.lab.client}", tool("ansible-playbook"), "-i", str(inventory)]
-        return Play(output_of(*inside, str(ANSIBLE / "site.yml"), "-e", f"@{told}", *arguments, fails=fails,
+        return Play(output_of(*inside, str(ANSIBLE / book), "-e", f"@{told}", *arguments, fails=fails,
                               **environment))  # fmt: skip
 
     def healthy(self) -> Any:
@@ -557,6 +561,33 @@ def test_killing_the_host_of_the_holder_costs_at_most_a_third_of_a_second(conver
     finally:
         victim.revive()
         converged.healthy()
+
+
+def test_spread_moves_one_ip_after_the_other_until_no_host_has_two_more_than_another(converged: Site) -> None:
+    vips = [VIP, *(f"10.77.0.{number}" for number in range(101, 106))]
+    holder = converged.healthy()
+    for vip in vips[1:]:
+        converged.add(vip=f"{vip}/32")
+        if converged.settled(vip)[0] is not holder:
+            assert holder.api("POST", f"/ips/{vip}/lock", timeout=15)[0] == 204
+    for vip in vips:
+        assert converged.settled(vip)[0] is holder
+    with converged.watch(*vips, lost=0, two=1) as observer:
+        said = converged.play(book="spread.yml")
+        for vip in vips:
+            converged.settled(vip)
+    assert sorted(len([vip for vip in vips if vip in host.bound()]) for host in converged.hosts) == [2, 2, 2]
+    moves = re.findall(rf"\(item=(10.77.0.\d+)/32: {holder.name} -> (node\d)\)", said.text)
+    assert {vip for vip, _ in moves} == {vip for vip in vips if vip not in holder.bound()} and len(moves) == 4, (
+        said.text
+    )
+    times = sorted(observer.result.of(vip).holders[-1][1] for vip, _ in moves)
+    moved = [observer.result.of(vip).longest(2, 99) for vip in vips]
+    assert all(b - a > max(moved) for a, b in itertools.pairwise(times)), "one ends before the next begins"
+    said = converged.play(book="spread.yml")
+    assert not any(said.changed.values()), said.text
+    for host, vip in itertools.product(converged.hosts, vips[1:]):
+        assert host.api("DELETE", f"/ips/{vip}", timeout=15)[0] == 204
 
 
 def test_tls_and_a_password_can_be_set_while_it_runs_and_the_password_is_never_shown(converged: Site) -> None:

@@ -52,7 +52,8 @@ quietly() {
 python_packages() {
     local stamp="$VENV/.${1//\//-}.sha256"
     packages python3 python3-venv iproute2
-    [[ -x $VENV/bin/python ]] || quietly /usr/bin/python3 -m venv "$VENV"
+    # none yet, or an earlier Python's, whose packages the one of today does not see
+    "$VENV/bin/python" -c "import pip" 2>/dev/null || quietly /usr/bin/python3 -m venv --clear "$VENV"
     sha256sum --check --status "$stamp" 2>/dev/null && return
     say "installing the Python packages of $1"
     quietly "$VENV/bin/pip" install --disable-pip-version-check -r "$1"
@@ -273,19 +274,20 @@ run_tests() {
         [[ $argument == -* || ! -e ${argument%%::*} ]] || paths+=("${argument%%::*}")
     done
     if ((${#paths[@]} == 0)); then
-        paths=(tests/test_story.py tests/test_alerts.py tests/test_real.py tests/test_ansible.py)
+        paths=(tests/test_{story,alerts,real,keepalived,ansible}.py)
         set -- "${paths[@]}" "$@"
     else
         quick=()
     fi
-    [[ ! ${paths[*]} =~ real|story|alerts|tests/?( |$) ]] || packages curl "${ZOOKEEPER[@]}"
+    [[ ! ${paths[*]} =~ real|story|alerts|keepalived|tests/?( |$) ]] || packages curl "${ZOOKEEPER[@]}"
     [[ ! ${paths[*]} =~ story|tests/?( |$) ]] || packages chromium chromium-driver fonts-dejavu-core openssl
     [[ ! ${paths[*]} =~ alerts|tests/?( |$) ]] || packages prometheus
+    [[ ! ${paths[*]} =~ keepalived|tests/?( |$) ]] || packages keepalived
     # hosts in containers, the Vagrant files, the scripts
     [[ ! ${paths[*]} =~ ansible|tests/?( |$) ]] ||
         packages mmdebstrap systemd-container openssh-client openssl util-linux vagrant shellcheck
     python_packages tests/requirements.txt
-    ((${#quick[@]} == 0)) || "$VENV/bin/python" -m pytest -n auto --dist worksteal "${quick[@]}" "${@:5}"
+    ((${#quick[@]} == 0)) || "$VENV/bin/python" -m pytest -n auto --dist worksteal "${quick[@]}" "${@:6}"
     exec "$VENV/bin/python" -m pytest "$@"
 }
 

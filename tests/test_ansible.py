@@ -119,6 +119,19 @@ def test_the_shell_scripts_pass_shellcheck() -> None:
     output_of(tool("shellcheck"), *map(str, (HERE / "vagrant").glob("*.sh")))
 
 
+def test_start_sh_makes_its_virtual_environment_anew_when_the_python_under_it_is_another(tmp_path: Path) -> None:
+    if os.geteuid():
+        pytest.skip("NOT TESTED: start.sh needs root")
+    for name in "start.sh", "link.py", "requirements.txt":
+        shutil.copy(HERE / name, tmp_path)
+    output_of("/usr/bin/python3", "-m", "venv", str(tmp_path / ".venv"))
+    packages = next((tmp_path / ".venv/lib").iterdir())
+    packages.rename(packages.with_name("python3.0"))  # what a dist-upgrade leaves: another Python looks elsewhere
+    said = output_of(str(tmp_path / "start.sh"), "--version", cwd=tmp_path)
+    assert "installing the Python packages" in said and "LinK" in said
+    assert output_of(str(tmp_path / "start.sh"), "--version", cwd=tmp_path).startswith("LinK")
+
+
 def test_the_vagrantfile_is_short_and_valid(tmp_path: Path) -> None:
     assert len((HERE / "Vagrantfile").read_text().splitlines()) <= 70
     vagrant = tool("vagrant")

@@ -67,7 +67,7 @@ def c() -> Iterator[Cluster]:
 def test_both_ips_of_a_keepalived_come_to_link_and_go_back(
     c: Cluster, zookeeper: int, lost: float, away: float
 ) -> None:
-    """Without ZooKeeper nobody takes what keepalived answers for: until LinK does there is silence, as after a crash."""
+    """Without ZooKeeper nobody takes what keepalived answers for: the IP is silent until LinK does, as in a crash."""
     keepalived = Keepalived(c)
     c.reset(zookeeper, dict(QUICK))
     masters, other = c.hosts[:2], c.hosts[2]

@@ -5,6 +5,7 @@ cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 
 readonly VENV=.venv
 readonly INTERFACES=(eth10 eth11 eth12)
+readonly ZOOKEEPER=(libzookeeper-java libslf4j-java default-jre-headless) # package zookeeper needs a Java with a screen
 readonly DEMO=/run/link-demo # the demo's files, while it runs
 
 usage() {
@@ -52,7 +53,8 @@ quietly() {
 python_packages() {
     local stamp="$VENV/.${1//\//-}.sha256"
     packages python3 python3-venv iproute2
-    [[ -x $VENV/bin/python ]] || quietly /usr/bin/python3 -m venv "$VENV"
+    # none yet, or an earlier Python's, whose packages the one of today does not see
+    "$VENV/bin/python" -c "import pip" 2>/dev/null || quietly /usr/bin/python3 -m venv --clear "$VENV"
     sha256sum --check --status "$stamp" 2>/dev/null && return
     say "installing the Python packages of $1"
     quietly "$VENV/bin/pip" install --disable-pip-version-check -r "$1"
@@ -73,7 +75,7 @@ demo() {
         esac
         shift
     done
-    packages curl iputils-ping ${zookeeper:+zookeeper}
+    packages curl iputils-ping ${zookeeper:+"${ZOOKEEPER[@]}"}
     python_packages requirements.txt
     [[ ! -e $DEMO/pid || ! -d /proc/$(<"$DEMO/pid") ]] || fail "a demo runs already: end it first (kill $(<"$DEMO/pid"))"
     clear_demo # what a killed one has left
@@ -273,15 +275,15 @@ run_tests() {
         [[ $argument == -* || ! -e ${argument%%::*} ]] || paths+=("${argument%%::*}")
     done
     if ((${#paths[@]} == 0)); then
-        paths=(tests/test_story.py tests/test_alerts.py tests/test_hostile.py tests/test_real.py tests/test_chaos.py
-            tests/test_ansible.py)
+        paths=(tests/test_{story,alerts,hostile,real,chaos,keepalived,ansible}.py)
         set -- "${paths[@]}" "$@"
     else
         quick=()
     fi
-    [[ ! ${paths[*]} =~ real|story|alerts|hostile|chaos|tests/?( |$) ]] || packages zookeeper curl openssl
+    [[ ! ${paths[*]} =~ real|story|alerts|hostile|chaos|keepalived|tests/?( |$) ]] || packages curl openssl "${ZOOKEEPER[@]}"
     [[ ! ${paths[*]} =~ story|tests/?( |$) ]] || packages chromium chromium-driver fonts-dejavu-core
     [[ ! ${paths[*]} =~ alerts|tests/?( |$) ]] || packages prometheus
+    [[ ! ${paths[*]} =~ keepalived|tests/?( |$) ]] || packages keepalived
     # hosts in containers, the Vagrant files, the scripts
     [[ ! ${paths[*]} =~ ansible|tests/?( |$) ]] ||
         packages mmdebstrap systemd-container openssh-client openssl util-linux vagrant shellcheck
@@ -308,7 +310,7 @@ main() {
         run_tests "${@:2}"
         ;;
     bench)
-        packages zookeeper
+        packages "${ZOOKEEPER[@]}"
         [[ " $* " != *" --peers "* ]] || packages keepalived ucarp
         python_packages requirements.txt
         exec "$VENV/bin/python" tests/bench.py "${@:2}"

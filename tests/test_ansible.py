@@ -2,13 +2,15 @@
 
 The hosts are systemd-nspawn containers over one tree of Debian packages, on the switch of a Lab (a namespace of its
 own), reached by SSH from the lab's client. Needs root, mmdebstrap, systemd-container, openssh-client and Ansible.
-LINK_TREE=/a/directory keeps the tree from one run to the next.
+LINK_TREE=/a/directory keeps the tree from one run to the next. LINK_SUITE=trixie makes Debian 13 of them; `-m
+every_suite` is the shorter half of the tests.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -29,14 +31,16 @@ import yaml
 from packaging.version import Version
 
 import lab
-import link
 from scenarios import Cluster, next_version
 
 HERE = Path(__file__).resolve().parents[1]
 ANSIBLE = HERE / "ansible"
+SUITE = os.environ.get("LINK_SUITE", "bookworm")
+every_suite = pytest.mark.every_suite
 ROLES = [ANSIBLE / "roles" / name for name in ("link", "zookeeper")]
-VIP = "10.77.0.100"
+VIP, VIP6 = "10.77.0.100", "fd77::100"
 TOOLS = ("mmdebstrap", "systemd-nspawn", "ssh", "ssh-keygen", "nsenter")
+LATER = "libzookeeper-java libslf4j-java default-jre-headless python3-venv python3-packaging"  # by the playbook
 PACKAGES = "systemd-sysv,dbus,openssh-server,sudo,python3,python3-apt,iproute2,ca-certificates"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 
@@ -80,26 +84,18 @@ def test_the_yaml_files_pass_yamllint() -> None:
     output_of(tool("yamllint"), "--strict", ".", cwd=ANSIBLE)
 
 
-@pytest.mark.parametrize("role", ROLES, ids=lambda role: role.name)
-def test_defaults_and_argument_specs_and_readme_of_a_role_say_the_same(role: Path) -> None:
-    defaults = load(role / "defaults/main.yml")
-    specs = load(role / "meta/argument_specs.yml")["argument_specs"]["main"]["options"]
-    assert {name: spec["default"] for name, spec in specs.items()} == defaults
-    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", (role / "README.md").read_text(), re.M)
-    assert {name: yaml.safe_load(value) for name, value in rows} == defaults
-    assert all(name.startswith(role.name + "_") for name in defaults)
-
-
-def test_the_link_role_has_a_variable_for_every_key_of_the_configuration() -> None:
-    defaults, specs = load(ROLES[0] / "defaults/main.yml"), load(ROLES[0] / "meta/argument_specs.yml")
-    options = specs["argument_specs"]["main"]["options"]
-    assert load(ROLES[0] / "vars/main.yml")["link_keys"] == [option.name for option in link.OPTIONS]
-    for option in link.OPTIONS:
-        default, name = option.metadata["default"], f"link_{option.name}"
-        if option.name not in ("interface", "zookeeper"):  # these the role finds out by itself
-            assert defaults[name] == default, name
-        assert options[name]["type"] == {str: "str", int: "int", float: "float", list: "list"}[type(default)], name
-        assert options[name].get("choices", []) == list(option.metadata["choices"]), name
+def test_a_variable_of_a_role_stands_in_its_defaults_its_argument_specs_and_the_readme() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| `(.+?)` \|", (ANSIBLE / "README.md").read_text(), re.M))
+    for role in ROLES:
+        defaults = load(role / "defaults/main.yml")
+        assert (
+            load(role / "meta/argument_specs.yml")["argument_specs"]["preflight"]["options"].keys() == defaults.keys()
+        )
+        assert all(name.startswith(role.name + "_") for name in defaults)
+        for name, default in defaults.items():
+            row = rows.pop(name)  # a default that is found out is told in words
+            assert "{{" in str(default) or yaml.safe_load(row) == default, name
+    assert rows.keys() == {"link_state", "zookeeper_state"}
 
 
 def test_the_pinned_packages_are_those_of_requirements_txt() -> None:
@@ -112,8 +108,8 @@ def test_the_pinned_packages_are_those_of_requirements_txt() -> None:
 
 def test_the_unit_scores_at_most_two(tmp_path: Path) -> None:
     text = (ROLES[0] / "templates/link.service.j2").read_text()
-    values = {"link_install_dir": "/opt/link", "link_account": "daemon", "link_watchdog": "5"}
-    text = re.sub(r"\{\{ (\w+)[^}]*\}\}", lambda m: values.get(m[1], "link" if "state_dir" in m[0] else "15"), text)
+    text = re.sub(r"\{\{ (\w+)[^}]*\}\}", lambda m: {"link_watchdog": "5"}.get(m[1], "link"), text)
+    text = re.sub("^(User|Group)=link$", r"\1=daemon", text, flags=re.M)
     (tmp_path / "link.service").write_text(text.partition("\n")[2])
     said = output_of(tool("systemd-analyze"), "security", "--offline=true", str(tmp_path / "link.service"))
     score = re.search(r"exposure level for link.service: ([\d.]+)", said)
@@ -122,6 +118,19 @@ def test_the_unit_scores_at_most_two(tmp_path: Path) -> None:
 
 def test_the_shell_scripts_pass_shellcheck() -> None:
     output_of(tool("shellcheck"), *map(str, (HERE / "vagrant").glob("*.sh")))
+
+
+def test_start_sh_makes_its_virtual_environment_anew_when_the_python_under_it_is_another(tmp_path: Path) -> None:
+    if os.geteuid():
+        pytest.skip("NOT TESTED: start.sh needs root")
+    for name in "start.sh", "link.py", "requirements.txt":
+        shutil.copy(HERE / name, tmp_path)
+    output_of("/usr/bin/python3", "-m", "venv", str(tmp_path / ".venv"))
+    packages = next((tmp_path / ".venv/lib").iterdir())
+    packages.rename(packages.with_name("python3.0"))  # what a dist-upgrade leaves: another Python looks elsewhere
+    said = output_of(str(tmp_path / "start.sh"), "--version", cwd=tmp_path)
+    assert "installing the Python packages" in said and "LinK" in said
+    assert output_of(str(tmp_path / "start.sh"), "--version", cwd=tmp_path).startswith("LinK")
 
 
 def test_the_vagrantfile_is_short_and_valid(tmp_path: Path) -> None:
@@ -168,6 +177,7 @@ class Container(lab.Host):
     """A host with an init system: a systemd-nspawn container over the shared tree."""
 
     alive = True  # its agent: systemd sees to that
+    state = "present"  # whether the playbook is to put LinK on it
 
     def __init__(self, site: Site, number: int) -> None:
         super().__init__(site.lab, number)
@@ -186,6 +196,14 @@ class Container(lab.Host):
             "etc/pip.conf": f"[global]\nproxy = {site.proxy}\ncert = {CERTIFICATES}",
             "root/.ssh/authorized_keys": site.key.with_suffix(".pub").read_text(),
             "etc/machine-id": "",
+            # as Debian's installer writes it: whoever asks for his own name is told an address of loopback
+            "etc/hosts": "\n".join(
+                [
+                    "127.0.0.1 localhost",
+                    f"127.0.1.1 {self.name}",
+                    *(f"{site.lab.address6(other)} node{other}" for other in (1, 2, 3) if other != number),
+                ]
+            ),
         }
         for name, text in files.items():
             (root / name).parent.mkdir(mode=0o700, exist_ok=True)
@@ -208,7 +226,8 @@ class Container(lab.Host):
         self.leader = lab.wait_until(self._find_leader, 20, f"the first process of {self.name}")
         lab.run("ip", "netns", "attach", self.namespace, str(self.leader))
         card = f"link set host0 down name {self.interface} address {self.mac}", f"link set {self.interface} up"
-        lab.ip(self.namespace, *card, f"addr add {self.address}/24 dev {self.interface}")
+        own = f"addr add {self.address}/24 dev", f"addr add {self.address6}/64 nodad dev"
+        lab.ip(self.namespace, *card, *(f"{address} {self.interface}" for address in own))
         self.start_responder()
         lab.wait_until(self._answers, 60, f"SSH on {self.name}\n{self.log()[-2000:]}")
 
@@ -267,23 +286,30 @@ class Site(Cluster):
         super().__init__(world)
         self.zk, self.tree, self.key, self.control = True, tree, world.directory / "key", world.directory / "c"
         lab.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.key))
-        address, loop = world.address(lab.ZOOKEEPER), asyncio.new_event_loop()
-        listener = lab.in_namespace(world.zk, lambda: socket.create_server((address, 0)))
-        self.proxy = f"http://{address}:{listener.getsockname()[1]}"
+        address, loop = world.address6(lab.ZOOKEEPER), asyncio.new_event_loop()
+        listener = lab.in_namespace(world.zk, lambda: socket.create_server((address, 0), family=socket.AF_INET6))
+        self.proxy = f"http://[{address}]:{listener.getsockname()[1]}"
         loop.run_until_complete(asyncio.start_server(proxy, sock=listener, limit=1 << 20))
         threading.Thread(target=loop.run_forever, daemon=True).start()
         world.at_end.callback(lambda: loop.call_soon_threadsafe(loop.stop))
         world.hosts.extend(Container(self, number) for number in (1, 2, 3))
+        self.names = world.directory / "hosts"  # /etc/hosts of who runs the playbook
+        self.names.write_text("".join(f"{host.address6} {host.name}\n" for host in world.hosts))
         self.control.mkdir(mode=0o700)
         self.program.write_text(self.source)  # as it is now: somebody may be at work on it
+        self.bare: list[set[str]] = []
+        self.vip = VIP
+        # a host's line in the inventory; link_interface is what only a test needs
+        self.line = "{0.name} ansible_host={0.address} link_interface={0.interface} link_state={0.state}"
         self.variables: dict[str, Any] = {"link_ips": [{"ip": f"{VIP}/32"}], "link_source": str(self.program)}
 
-    def play(self, *arguments: str, without: str = "", fails: bool = False, **variables: Any) -> Play:
-        """Run site.yml; `variables` are for this time only."""
-        # three lines, and what only a test needs: the key, and each host's interface
-        hosts = [f"{h.name} ansible_host={h.address} link_interface={h.interface}" for h in self.hosts]
-        ssh = [f"ansible_ssh_private_key_file={self.key}", "ansible_user=root"]
-        lines = ["[link]", *(line for line in hosts if line.split()[0] != without), "[link:vars]", *ssh]
+    def play(
+        self, *arguments: str, book: str = "site.yml", without: str = "", fails: bool = False, line: str = "",
+        **variables: Any,
+    ) -> Play:  # fmt: skip
+        """Run a playbook; `variables` are for this time only, and so is a host's `line` in the inventory."""
+        hosts = [(line or self.line).format(host) for host in self.hosts if host.name != without]
+        lines = ["[link]", *hosts, "[link:vars]", f"ansible_ssh_private_key_file={self.key}", "ansible_user=root"]
         inventory, told = self.lab.directory / "inventory.ini", self.lab.directory / "variables.json"
         inventory.write_text("\n".join(lines) + "\n")
         told.write_text(json.dumps({**self.variables, **variables}))  # not on the command line: Ansible may show that
@@ -295,8 +321,9 @@ class Site(Cluster):
             "ANSIBLE_SSH_ARGS": "-o ControlMaster=auto -o ControlPersist=120s -o UserKnownHostsFile=/dev/null",
             "ANSIBLE_NOCOLOR": "1",
         }
-        inside = ["nsenter", f"--net=/run/netns/{self.lab.client}", tool("ansible-playbook"), "-i", str(inventory)]
-        return Play(output_of(*inside, str(ANSIBLE / "site.yml"), "-e", f"@{told}", *arguments, fails=fails,
+        inside = ["nsenter", f"--net=/run/netns/{self.lab.client}", "unshare", "--mount", "sh", "-c"]
+        inside += [f'mount --bind {self.names} /etc/hosts && exec "$@"', "sh", tool("ansible-playbook"), "-i"]
+        return Play(output_of(*inside, str(inventory), str(ANSIBLE / book), "-e", f"@{told}", *arguments, fails=fails,
                               **environment))  # fmt: skip
 
     def healthy(self) -> Any:
@@ -308,7 +335,7 @@ class Site(Cluster):
             return False
 
         lab.wait_until(fine, 60, "three servers, three healthy agents")
-        return self.settled(VIP, 60)[0]
+        return self.settled(self.vip, 60)[0]
 
     def each(self, *arguments: str) -> list[str]:
         """A property of a unit, of each host."""
@@ -336,9 +363,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     tree = Path(kept) if kept else tmp_path_factory.mktemp("debian") / "tree"
     if not tree.exists():  # Debian's packages as a bare server has them, unpacked
         sources = [str(file) for file in Path("/etc/apt/sources.list.d").glob("debian.sources")]
+        sources = sources if SUITE == "bookworm" else [debian(SUITE)]
         options = ["--variant=minbase", "--skip=cleanup/apt/lists", f"--include={PACKAGES}", "--quiet"]
+        # what the playbook installs is fetched once, not by each host
+        fetch = f'chroot "$1" apt-get --yes -qq --download-only --no-install-recommends install {LATER}'
+        options += ["--skip=cleanup/apt/cache", f"--customize-hook={fetch}"]
         unfinished = tree.with_name(f"{tree.name}.{os.getpid()}")
-        output_of(tool("mmdebstrap"), *options, "bookworm", str(unfinished), *sources)
+        output_of(tool("mmdebstrap"), *options, SUITE, str(unfinished), *sources)
         unfinished.rename(tree)
     root, mount = overlay(tree, tmp_path_factory.mktemp("container"))
     inside = ["systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--private-network", "-D", str(root)]
@@ -357,6 +388,25 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         yield hosts
 
 
+def debian(suite: str) -> str:
+    """A line of apt sources."""
+    own = Path("/etc/apt/sources.list.d/debian.sources")
+    found = re.search(r"^URIs: (\S+)", own.read_text() if own.exists() else "", re.M)
+    return f"deb {found[1] if found else 'http://deb.debian.org/debian'} {suite} main"
+
+
+def belongings(host: Container) -> set[str]:
+    """Users, groups, units, addresses and files of a host, but for what Debian's packages bring or make."""
+    look = "cut -d: -f1,3 /etc/passwd /etc/group; systemctl list-unit-files --no-legend | cut -d' ' -f1; ip -o addr"
+    files = "find /etc /home /opt /root /run /srv /usr /var/lib -xdev ! -lname '/etc/alternatives/*'"
+    owned = set(host.sh("cat /var/lib/dpkg/info/*.list").splitlines())
+    noise = r"/var/lib/(apt|dpkg|systemd|dbus|private)|/etc/(machine-id|resolv.conf|alternatives|ld.so.cache)"
+    noise += r"|/etc/(ssl/certs/java|\.java|fonts)|/usr/.*(__pycache__|\.cache)|/usr/(local/)?share/(man|fonts)"
+    noise += r"|/root/.ansible|/run/(?!link)"
+    there = {re.sub(r" (valid_lft|preferred_lft) .*", "", line) for line in host.sh(f"{look}; {files}").splitlines()}
+    return {line for line in there - owned if not re.match(noise, line)}
+
+
 def untouched(site: Site) -> list[str]:
     """All that a playbook could leave on a host: packages, users, files outside the run directories."""
     look = "dpkg-query -W; cat /etc/passwd; find /etc /opt /var/lib /usr -xdev -newer /etc/machine-id -type f | sort"
@@ -364,10 +414,47 @@ def untouched(site: Site) -> list[str]:
     return ["\n".join(li for li in host.sh(look).splitlines() if not noise.search(li)) for host in site.hosts]
 
 
-WRONG: dict[str, tuple[dict[str, Any], str]] = {
+PORT = "ip link add br9 type bridge; ip link add p9 type veth peer name q9; ip link set p9 up master br9"
+WRONG: dict[str, tuple[dict[str, Any], str]] = {  # what is said to the playbook; "do" and "undo": first, on each host
     "no such interface": (
         {"link_interface": "eth9"},
         r'has no interface "eth9"\. Set link_interface to .* one of: eth1',
+    ),
+    "no default route": (
+        {"line": "{0.name} ansible_host={0.address}", "do": PORT, "undo": "ip link del br9; ip link del p9"},
+        r"has no default route, .* Set link_interface to the one that carries the virtual IPs, one of: br9, eth1\d, p9",
+    ),
+    "port of a bridge": (
+        {"link_interface": "p9", "do": PORT, "undo": "ip link del br9; ip link del p9"},
+        r"node1: p9: p9 is a port of br9: use br9",
+    ),
+    "two hosts of one name": (
+        {"do": "hostname node1", "undo": "hostname -F /etc/hostname"},
+        r"node1 and node2, node3 are both called node1: .* with hostnamectl, or set hostname in link_config",
+    ),
+    "no such key": (
+        {"link_config": {"probe_intervall": 0.1}},
+        r"link\.yml: unknown key 'probe_intervall'; see link\.py --help for the keys",
+    ),
+    "value that cannot be": (
+        {"link_config": {"probe_count": 1}},
+        r"node1: probe_count: one lost packet is no silence; use 0, or 2 or more",
+    ),
+    "API open to everybody": (
+        {"link_config": {"listen": "0.0.0.0:1313"}},
+        r"user: required with password because listen \(0\.0\.0\.0:1313\) is not loopback",
+    ),
+    "variable of an earlier version": (
+        {"link_session_timeout": 5},
+        r"link_session_timeout is no variable .* goes into link_config, as in link_config: {session_timeout: …}",
+    ),
+    "setting of an earlier version": (
+        {"zookeeper_sync_limit": 5},
+        r"zookeeper_sync_limit is no variable .* goes into zookeeper_config, as in zookeeper_config: {syncLimit: 4}",
+    ),
+    "servers known by loopback only": (
+        {"zookeeper_address": "localhost"},
+        r"node1 has no address for localhost, or only one of loopback\. Set zookeeper_address of that host",
     ),
     "address of a host": (
         {"link_ips": [{"ip": "10.77.0.2/32"}]},
@@ -377,7 +464,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "old Python": ({"link_python": "/usr/local/bin/python3.9"}, r"is Python 3\.9; LinK needs 3\.11 .* set link_python"),
     "unreachable ZooKeeper": (
         {"link_zookeeper": "10.77.0.200:2181"},
-        r"reaches 0 of the 1 ZooKeeper servers .* Start them, open their client port .* or correct link_zookeeper",
+        r"reaches 0 of the 1 ZooKeeper servers .*not 10.77.0.200:2181, .* Start them, .* or correct link_zookeeper",
     ),
 }
 
@@ -385,10 +472,17 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_input_stops_at_preflight_with_a_sentence_and_the_hosts_are_untouched(site: Site, wrong: str) -> None:
     variables, sentence = WRONG[wrong]
+    variables = dict(variables)
+    undo = variables.pop("undo", "")
+    do = variables.pop(
+        "do", "cd /usr/local/bin; printf '#!/bin/sh\\ncat >/dev/null; echo 3.9\\n' >python3.9; chmod +x python3.9"
+    )
     for host in site.hosts:
-        host.sh("cd /usr/local/bin; printf '#!/bin/sh\\necho 3.9\\n' >python3.9; chmod +x python3.9")
+        host.sh(do)
     before = untouched(site)
     said = site.play(fails=True, **variables)
+    for host in site.hosts:
+        host.sh(undo)
     assert re.search(sentence, said.sentence), said.text
     assert not any(said.changed.values())
     assert untouched(site) == before
@@ -404,12 +498,14 @@ def test_a_dry_run_on_bare_hosts_works_and_changes_nothing(site: Site) -> None:
 @pytest.fixture(scope="module")
 def converged(site: Site) -> Site:
     """The playbook has run, from nothing."""
+    site.bare = [belongings(host) for host in site.hosts]
     said = site.play()
     assert not said.failed and f"{VIP}/32: ACTIVATED" in said.sentence, said.text
     site.healthy()
     return site
 
 
+@every_suite
 def test_one_playbook_makes_an_ensemble_three_healthy_agents_and_a_bound_ip(converged: Site) -> None:
     assert sorted(host.mode() for host in converged.hosts) == ["follower", "follower", "leader"]
     for host in converged.hosts:
@@ -417,6 +513,9 @@ def test_one_playbook_makes_an_ensemble_three_healthy_agents_and_a_bound_ip(conv
         assert status == 200 and body["zookeeper"]["state"] == "connected"
         assert host.property("ActiveState") == "active" and host.property("UnitFileState") == "enabled"
         assert host.property("UnitFileState", "zookeeper") == "enabled"
+        assert host.property("LimitNOFILE") == "65536"
+        for unit in "link", "zookeeper":  # one dead card does not delay the boot
+            assert "network-online" not in host.property("After", unit) + host.property("Wants", unit)
         modes = host.sh("stat -c '%a %U %G' /etc/link/link.yml /opt/link/link.py").splitlines()
         assert modes == ["640 root link", "755 root root"]
     assert len(converged.bound(VIP)) == 1
@@ -425,6 +524,7 @@ def test_one_playbook_makes_an_ensemble_three_healthy_agents_and_a_bound_ip(conv
     assert observer.result.sent > 100
 
 
+@every_suite
 def test_a_second_run_changes_nothing(converged: Site) -> None:
     before = converged.each("ExecMainStartTimestampMonotonic")
     said = converged.play()
@@ -432,6 +532,7 @@ def test_a_second_run_changes_nothing(converged: Site) -> None:
     assert converged.each("ExecMainStartTimestampMonotonic") == before
 
 
+@every_suite
 def test_the_agent_has_two_capabilities_no_root_and_writes_nowhere_but_in_its_own_directories(converged: Site) -> None:
     host = converged.hosts[0]
     pid = host.property("MainPID")
@@ -454,6 +555,7 @@ def test_the_agent_has_two_capabilities_no_root_and_writes_nowhere_but_in_its_ow
 # ------------------------------------------------------------- what a client sees, asking every 5 ms
 
 
+@every_suite
 def test_a_rolling_upgrade_by_the_playbook_loses_nothing(converged: Site) -> None:
     holder, pids = converged.healthy(), converged.each("MainPID")
     version = next_version(converged)
@@ -467,7 +569,9 @@ def test_a_rolling_upgrade_by_the_playbook_loses_nothing(converged: Site) -> Non
 
 def test_changed_variables_and_with_them_a_rolling_restart_of_zookeeper_lose_nothing(converged: Site) -> None:
     holder, pids, servers = converged.healthy(), converged.each("MainPID"), converged.each("MainPID", "zookeeper")
-    converged.variables |= {"link_session_timeout": 5.0, "zookeeper_snapshots": 5}
+    converged.variables |= {
+        "link_config": {"session_timeout": 5.0}, "zookeeper_config": {"autopurge.snapRetainCount": 5},
+    }  # fmt: skip
     with converged.watch(VIP, lost=0) as observer:
         said = converged.play()
         assert converged.healthy() is holder
@@ -479,6 +583,7 @@ def test_changed_variables_and_with_them_a_rolling_restart_of_zookeeper_lose_not
         assert host.property("MainPID", "zookeeper") != server
 
 
+@every_suite
 def test_a_killed_agent_is_restarted_and_nothing_is_lost(converged: Site) -> None:
     holder = converged.healthy()
     with converged.watch(VIP, lost=0):
@@ -487,6 +592,7 @@ def test_a_killed_agent_is_restarted_and_nothing_is_lost(converged: Site) -> Non
         assert converged.healthy() is holder
 
 
+@every_suite
 def test_stopping_the_service_of_the_holder_loses_nothing(converged: Site) -> None:
     holder = converged.healthy()
     with converged.watch(VIP, lost=0):
@@ -524,6 +630,31 @@ def test_killing_the_host_of_the_holder_costs_at_most_a_third_of_a_second(conver
         converged.healthy()
 
 
+def test_spread_moves_one_ip_after_the_other_until_no_host_has_two_more_than_another(converged: Site) -> None:
+    vips = [VIP, *(f"10.77.0.{number}" for number in range(101, 106))]
+    holder = converged.healthy()
+    for vip in vips[1:]:
+        converged.add(vip=f"{vip}/32")
+        if converged.settled(vip)[0] is not holder:
+            assert holder.api("POST", f"/ips/{vip}/lock", timeout=15)[0] == 204
+    for vip in vips:
+        assert converged.settled(vip)[0] is holder
+    with converged.watch(*vips, lost=0, two=1) as observer:
+        said = converged.play(book="spread.yml")
+        for vip in vips:
+            converged.settled(vip)
+    assert sorted(len([vip for vip in vips if vip in host.bound()]) for host in converged.hosts) == [2, 2, 2]
+    moves = re.findall(rf"\(item=(10.77.0.\d+)/32: {holder.name} -> (node\d)\)", said.text)
+    assert sorted(vip for vip, _ in moves) == [vip for vip in vips if vip not in holder.bound()], said.text
+    times = sorted(observer.result.of(vip).holders[-1][1] for vip, _ in moves)
+    moved = [observer.result.of(vip).longest(2, 99) for vip in vips]
+    assert all(b - a > max(moved) for a, b in itertools.pairwise(times)), "one ends before the next begins"
+    said = converged.play(book="spread.yml")
+    assert not any(said.changed.values()), said.text
+    for host, vip in itertools.product(converged.hosts, vips[1:]):
+        assert host.api("DELETE", f"/ips/{vip}", timeout=15)[0] == 204
+
+
 def test_tls_and_a_password_can_be_set_while_it_runs_and_the_password_is_never_shown(converged: Site) -> None:
     converged.healthy()
     for host in converged.hosts:
@@ -531,9 +662,12 @@ def test_tls_and_a_password_can_be_set_while_it_runs_and_the_password_is_never_s
     converged.variables |= {
         "zookeeper_tls_keystore": "/etc/zookeeper/tls/server.pem",
         "zookeeper_tls_truststore": "/etc/zookeeper/tls/ca.pem",
-        "link_zookeeper_tls_ca": "/etc/zookeeper/tls/ca.pem",
-        "link_tls_cert": "/etc/link/api.pem",
-        "link_tls_key": "/etc/link/api.pem",
+        "link_config": {
+            **converged.variables["link_config"],
+            "zookeeper_tls_ca": "/etc/zookeeper/tls/ca.pem",
+            "tls_cert": "/etc/link/api.pem",
+            "tls_key": "/etc/link/api.pem",
+        },
         "link_user": "operator",
         "link_password": PASSWORD,
     }
@@ -582,8 +716,72 @@ def certificates(site: Site, host: Container) -> None:
 
 
 def test_a_dry_run_on_converged_hosts_shows_the_difference_and_makes_none(converged: Site) -> None:
-    said = converged.play("--check", "--diff", zookeeper_snapshots=7)
+    said = converged.play("--check", "--diff", zookeeper_config={"autopurge.snapRetainCount": 7})
     # whatever has happened to them: one file of each host and nothing else
     assert said.changed == {"node1": 1, "node2": 1, "node3": 1}, said.text
     assert said.text.count("+autopurge.snapRetainCount=7") == 3
     assert not any("RetainCount=7" in host.sh("cat /etc/zookeeper/link/zoo.cfg") for host in converged.hosts)
+
+
+# ------------------------------------------------------------------------------------------ arriving and leaving
+
+
+@every_suite
+def test_removal_leaves_nothing_bound_and_nothing_behind(converged: Site) -> None:
+    [holder], left = converged.bound(VIP), {"link_state": "absent", "zookeeper_state": "absent"}
+    with converged.watch(VIP, lost=0):  # one host leaves
+        holder.state = "absent"
+        converged.play()
+        assert holder not in converged.bound(VIP) and len(converged.bound(VIP)) == 1
+    for host in converged.hosts:
+        host.sh("rm -rf /etc/zookeeper/tls")  # what the operator brought, he takes
+    converged.play(**left)
+    assert [belongings(host) for host in converged.hosts] == converged.bare
+    assert not any(converged.play(**left).changed.values())
+
+
+def test_hosts_with_ipv6_only_that_are_known_by_name_and_have_no_index_of_packages(converged: Site) -> None:
+    wheels = converged.lab.directory / "wheels"
+    requirements = load(ROLES[0] / "defaults/main.yml")["link_requirements"]
+    output_of(sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(wheels), *requirements)
+    for host in converged.hosts:
+        # no own line in the inventory but its name, so the interface is that of the default route
+        host.ip(f"addr del {host.address}/24 dev {host.interface}")
+        host.ip(f"-6 route replace default via {converged.lab.address6(254)} dev {host.interface}")
+        host.address, host.state = host.address6, "present"
+        host.sh("rm -f /etc/pip.conf; mkdir -p /srv/wheels")
+        for wheel in wheels.iterdir():
+            (host.root / "srv/wheels" / wheel.name).write_bytes(wheel.read_bytes())
+    converged.line, converged.vip = "{0.name}", VIP6
+    offline = {"link_pip_arguments": "--no-index --find-links /srv/wheels"}
+    converged.variables = {"link_ips": [{"ip": f"{VIP6}/128"}], "link_source": str(converged.program), **offline}
+    said = converged.play()
+    assert f"{VIP6}/128: ACTIVATED" in said.sentence, said.text
+    holder = converged.healthy()
+    for number, host in enumerate(converged.hosts, 1):
+        assert f"server.{number}=[{host.address6}]:2888:3888" in host.sh("cat /etc/zookeeper/link/zoo.cfg")
+        assert "127.0.1.1" in host.sh(f"getent hosts {host.name}; cat /etc/hosts")
+    with converged.watch(VIP6, lost=0):
+        assert not any(converged.play().changed.values())
+    assert converged.bound(VIP6) == [holder]
+
+
+def test_a_dist_upgraded_python_is_taken_over_and_nothing_is_lost(converged: Site) -> None:
+    holder = converged.healthy()
+    pid = holder.property("MainPID")
+    (holder.root / "etc/apt/sources.list.d/next.list").write_text(debian("trixie") + "\n")
+    packages = "python3 python3-venv python3-apt python3-packaging python3-pip-whl python3-setuptools-whl"
+    install = "DEBIAN_FRONTEND=noninteractive apt-get -qq --no-install-recommends"
+    holder.sh(f"apt-get -qq -o Acquire::Languages=none update && {install} -t trixie install {packages}")
+    holder.sh(f"{install} --purge autoremove")
+    assert "3.11" not in holder.sh("python3 --version; ls /usr/bin")
+    converged.variables.pop("link_pip_arguments")
+    (holder.root / "etc/pip.conf").write_text(f"[global]\nproxy = {converged.proxy}\ncert = {CERTIFICATES}\n")
+    with converged.watch(converged.vip, lost=0):
+        said = converged.play()
+        assert converged.healthy() is holder
+    assert [host for host, count in said.changed.items() if count] == [holder.name]
+    assert holder.property("MainPID") == pid and "python3.13" in holder.sh(f"readlink /proc/{pid}/exe")
+    with converged.watch(converged.vip, lost=0):
+        holder.sh("systemctl restart link")
+        converged.healthy()

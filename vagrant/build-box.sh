@@ -11,7 +11,7 @@ readonly HERE
 readonly DEFAULTS=$HERE/../ansible/roles/link/defaults/main.yml
 readonly PACKAGES=systemd-sysv,systemd-timesyncd,dbus,udev,kmod,linux-image-cloud-amd64,initramfs-tools,ifupdown\
 ,isc-dhcp-client,openssh-server,sudo,python3,python3-apt,python3-venv,python3-packaging,iproute2,iputils-ping\
-,procps,ca-certificates,zookeeperd,default-jre-headless
+,procps,ca-certificates,libzookeeper-java,libslf4j-java,default-jre-headless
 
 usage() {
     cat <<'END'
@@ -57,7 +57,6 @@ after_packages() {
     install -d -m 0700 "$root/home/vagrant/.ssh"
     vagrant_key >"$root/home/vagrant/.ssh/authorized_keys"
     chroot "$root" chown -R vagrant:vagrant /home/vagrant/.ssh
-    chroot "$root" systemctl disable zookeeper
     python_packages "$root"
 }
 

@@ -663,7 +663,7 @@ def test_tls_and_a_password_can_be_set_while_it_runs_and_the_password_is_never_s
         "zookeeper_tls_keystore": "/etc/zookeeper/tls/server.pem",
         "zookeeper_tls_truststore": "/etc/zookeeper/tls/ca.pem",
         "link_config": {
-            **converged.variables["link_config"],
+            **converged.variables.get("link_config", {}),
             "zookeeper_tls_ca": "/etc/zookeeper/tls/ca.pem",
             "tls_cert": "/etc/link/api.pem",
             "tls_key": "/etc/link/api.pem",

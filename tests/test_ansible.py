@@ -403,7 +403,10 @@ def belongings(host: Container) -> set[str]:
     noise = r"/var/lib/(apt|dpkg|systemd|dbus|private)|/etc/(machine-id|resolv.conf|alternatives|ld.so.cache)"
     noise += r"|/etc/(ssl/certs/java|\.java|fonts)|/usr/.*(__pycache__|\.cache)|/usr/(local/)?share/(man|fonts)"
     noise += r"|/root/.ansible|/run/(?!link)"
-    there = {re.sub(r" tentative| (valid_lft|preferred_lft) .*", "", line) for line in host.sh(f"{look}; {files}").splitlines()}
+    there = {
+        re.sub(r" tentative| (valid_lft|preferred_lft) .*", "", line)
+        for line in host.sh(f"{look}; {files}").splitlines()
+    }
     return {line for line in there - owned if not re.match(noise, line)}
 
 

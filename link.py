@@ -1954,7 +1954,7 @@ HISTORY = 20  # changes of an IP that are remembered
 class Story:
     """What happened to one IP, or (as "") to this host; the counts are this process's, the history is also older."""
 
-    history: deque[dict[str, Any]] = field(default_factory=deque)  # as the API shows it
+    history: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=HISTORY))  # as the API shows it
     began: str = ""
     events: dict[Event, int] = field(default_factory=lambda: dict.fromkeys(Event, 0))  # that changed the state
     announced: int = 0
@@ -1979,12 +1979,10 @@ class Story:
             self.gaps["planned" if wire.heard <= TICK and wire.unanswered < needed else "unplanned"] = wire.heard
 
     def remember(self, change: dict[str, Any]) -> None:
-        """The last HISTORY changes; of conflicts with no change between them only the latest: they push none out."""
+        """Keep it; of conflicts with no change between them only the latest: they push none out."""
         if self.history and self.history[-1]["event"] == change["event"] == "conflict":
             self.history.pop()
         self.history.append(change)
-        while len(self.history) > HISTORY:
-            self.history.popleft()
 
 
 class Notices:

@@ -232,6 +232,7 @@ class Host(FakeNetwork):
             return
         self.wake_at, self.world.active = FOREVER, self
         done = agent.turn(self.expected)
+        self.states = {address: state for address, state in self.states.items() if address in agent.vips}
         for address, managed in agent.vips.items():
             if self.states.get(address) is not managed.state:
                 self.world.moved(self, managed, self.states.get(address))
@@ -420,7 +421,7 @@ class Line:
     host: Host
     session: int = 0
     closed: bool = False  # by the client: what it sent may still arrive
-    waits: bool = False  # for a commit
+    asked: deque[Callable[[Line], bool]] = field(default_factory=deque)  # the first one waits for a commit
     last: list[float] = field(default_factory=lambda: [0.0, 0.0])
     held: list[tuple[bool, Callable[[], None]]] = field(default_factory=list)
 
@@ -429,6 +430,13 @@ class Line:
         slow = world.server.slow * (not up)
         self.last[up] = max(self.last[up], world.time + world.rng.uniform(0.0005, 0.0025 + slow))
         world.at(self.last[up], self._arrive, up, do)
+
+    def serve(self) -> None:
+        """Answer what was asked, as far as it can be."""
+        while self.asked and self.asked[0](self):
+            self.asked.popleft()
+        if self.asked:
+            self.host.world.after(0.02, self.serve)
 
     def _arrive(self, up: bool, do: Callable[[], None]) -> None:
         if self.held or not self.host.reaches_zookeeper:
@@ -691,20 +699,28 @@ class SimKazoo:
                 self._host.later(self._completed_at - world.time, result.answer, answer)
 
         def at_server(line: Line) -> None:
+            """ZooKeeper answers one client's requests in their order."""
+            line.asked.append(serve)
+            if len(line.asked) == 1:
+                line.serve()
+
+        def serve(line: Line) -> bool:
+            """Whether it is over with this one: not while it waits for a commit."""
             reads = call in ("get", "get_children")  # and where there is nothing to create:
             reads = reads or (call == "ensure_path" and args[0] in self._server.nodes)
             alone = self._host.name in self._server.leaderless
-            line.waits = (self._server.stalled and (line.waits or not reads)) or (alone and not reads)
-            if line.waits:  # ZooKeeper answers one client's requests in their order
-                world.after(0.02, at_server, line)
-            elif self._server.lines.get(line.session) is line:
+            if (self._server.stalled or alone) and not reads:
+                return False
+            if self._server.lines.get(line.session) is line:
                 if not alone:
                     self._server.touch(line.session)
                 answer = self._server.call(line, call, *args, watch=bool(watch), **more)
                 if self._host.loses and not reads and call != "sync":
                     self._host.loses = False
-                    return self._server._reset(line)
-                line.carry(False, lambda: at_client(answer))
+                    self._server._reset(line)
+                else:
+                    line.carry(False, lambda: at_client(answer))
+            return True
 
         self._calls[result] = lambda line: line.carry(True, lambda: at_server(line))
         if self.line and self.line.session:

@@ -2108,7 +2108,7 @@ class Vip:
         self.at, self.orders = _Moments(), list[Order]()
         self.seen = LockView()  # as of the last time
         self.took = (0, "")  # the session that we declared dead, and its node
-        self.step = -1 if adopted and agent.config.zookeeper else 0  # in ANNOUNCE_AT; -1: another process did
+        self.step = 0  # in ANNOUNCE_AT
         self.failed = (0, "")  # tries to bind, and why
         self.gave = dict[bytes, float]()  # whom we told to take it, and when last
 
@@ -2322,8 +2322,7 @@ class Vip:
         if not (decision.announce and self.bound):
             at.announce = math.inf
         elif at.announce == math.inf:
-            at.announce = now + REFRESH * random.random() * (self.step < 0)
-            self.step = len(ANNOUNCE_AT) if self.step < 0 else 0
+            self.step, at.announce = 0, now  # also what was found bound: who knows what happened meanwhile
         if now < at.announce:
             return
         if self.vip.ip.version == 6 and now < at.bound + 2 * LINGER and not self.agent.network.ready(self.vip.bound):

@@ -292,6 +292,7 @@ TRANSITIONS: Mapping[tuple[State, Event], State] = {
 TICK = 1.0  # seconds: what moves is decided again this often, who was heard then counts as there, a hand-over at most
 LONG = 10.0  # seconds: a stop's limit, and when a host that hears nobody at all, nor ZooKeeper, counts as alone
 LINGER = 0.05  # seconds an address stays when its successor is heard: requests are still on their way
+MUTE = ", and does not answer for the IP: see what filters its ARP or neighbour discovery"
 PATIENCE = (0.65, 0.4, 0.2)  # seconds a rival must stay before we yield: ours is the lower MAC; ZooKeeper is late; else
 
 
@@ -360,6 +361,12 @@ class Facts(NamedTuple):
     def served(self) -> bool:
         """Whether another host has it, as far as we know: a holder of many IPs is asked for one after the other."""
         return self.heard < math.inf and not self.proven
+
+    @property
+    def mute(self) -> bool:
+        """Whether the holder has never answered us, asked for this IP by itself: so it will not its clients, either."""
+        never = not (self.met or self.deaf) and max(self.alone, self.staying) > LONG  # though it may announce it
+        return never and self.next and self.lock is Lock.OTHER
 
     @property
     def fit(self) -> bool:
@@ -498,7 +505,7 @@ def _why(f: Facts, silent: bool) -> str:
     heard = "the wire cannot be asked" if f.blind else "another host answers for the IP" if f.served else heard
     return {
         Lock.MINE: "has the lock" + ("; nobody answers for the IP" if silent else ""),
-        Lock.OTHER: "another host has the lock" + (" and the IP" if f.served else ""),
+        Lock.OTHER: "another host has the lock" + (MUTE if f.mute else " and the IP" if f.served else ""),
         Lock.NOBODY: "a check fails or cannot run; stands for no election" if f.unsure else "is joining the queue",
         Lock.WAITING: f"waits for ZooKeeper; {heard}",
         Lock.UNKNOWN: "was given the IP by its holder" if f.given else f"without a lock: {heard}",
@@ -766,13 +773,9 @@ class Wire:
             return 0.0
         return max(0.0, now - max(owing) - self._interval * self.QUICK / 2)
 
-    def known(self) -> Collection[str]:
-        """The witnesses' addresses."""
-        return self._witnesses.keys()
-
-    def met_witness(self) -> bool:
-        """Whether some witness, a holder's own address among them, has ever answered: else it may hear nobody."""
-        return any(witness.met for witness in self._witnesses.values())
+    def known(self) -> dict[str, bool]:
+        """The witnesses' addresses, and whether each has ever answered: if none did, this host may hear nobody."""
+        return {address: witness.met for address, witness in self._witnesses.items()}
 
     def askers(self, now: float) -> list[bytes]:
         """The MACs of the standbys, by their probes; the lowest first."""
@@ -2452,9 +2455,9 @@ class Vip:
 def show(vip: Vip, now: float) -> dict[str, Any]:
     """The IP as the API shows it."""
     lock, wire, a = vip.lock(now), vip.agent.wire.view(vip.vip.address, now), vip.agent
-    needed, mac = a.config.probe_count, wire.mac.hex(":")
-    answered = wire.unanswered < needed and (wire.heard <= TICK or (wire.met and not vip.bound))
-    state = "answered" if answered else "silent" if wire.unanswered >= needed > 0 else "looking"
+    needed, mac, mute = a.config.probe_count, wire.mac.hex(":"), vip.facts(now, lock).mute
+    answered = not mute and wire.unanswered < needed and (wire.heard <= TICK or (wire.met and not vip.bound))
+    state = "answered" if answered else "silent" if mute or wire.unanswered >= needed > 0 else "looking"
     state = state if needed and a.kernel.link.arp else "blind"
     since = a.clock.stamp(wire.heard + wire.staying) if answered else None
     named = lock.queue and lock.lock is not Lock.UNKNOWN  # else what ZooKeeper said last may be long over
@@ -2890,8 +2893,6 @@ class Agent:
                 log.info("vip=%s is not configured any more", vip.ip)
                 managed.intent = Intent.DELETE  # its lock may still be ours: another host goes first
         self._find_witnesses()
-        if self.kernel.link.trouble:
-            log.warning("%s", self.kernel.link.trouble)
 
     def run(self) -> None:
         """Go round until stopped."""
@@ -3006,10 +3007,11 @@ class Agent:
 
     def tell(self, vip: Vip, event: Event, why: str) -> None:
         """Of a change of state, unless an earlier process has: after a restart all is found as it was."""
-        if vip.state.value != vip.story.told():
+        if vip.state.value != (told := vip.story.told()):
+            why = why if TRANSITIONS[State(told), event] is vip.state else f"began anew; {why}"
             ordered = vip.orders and event in (Event.ELECTED, Event.FAULT, Event.DEMOTED)
             by = vip.orders[0].by if ordered else "SIGTERM" if vip.intent is Intent.STOP else None
-            self.note(vip.story, vip.vip.address, vip.story.told(), vip.state.value, event, why, by)
+            self.note(vip.story, vip.vip.address, told, vip.state.value, event, why, by)
             vip.story.events[event] += 1
 
     def note(self, story: Story, address: str, old: str, new: str, event: str, why: str, by: str | None = None) -> None:
@@ -3355,7 +3357,7 @@ class Api(Agent):
         """GET /health: what is wrong here. That it is answered proves that the loop goes round."""
         counts = {state.value: sum(vip.state is state for vip in self.vips.values()) for state in State}
         referee, timeout = self.referee, self.referee.timeout or None
-        met = self.wire.met_witness() or not self.wire.known()
+        met = any(self.wire.known().values()) or not self.wire.known()
         slow = "" if met else "no witness has answered: name one on this network in `witnesses`"
         slow = slow if self.config.probe_count else "probe_count is 0: a dead holder is found by its session"
         wrong = self.troubles()
@@ -4411,11 +4413,10 @@ def main(argv: Sequence[str]) -> int:
     except (ConfigError, OSError, ValueError, http.client.HTTPException) as error:
         print(f"link.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) or argv[:1] == ["status"] else 1
-    written, held = set_up_logging(config).drain, None
+    written, held, code = set_up_logging(config).drain, None, 0
     for warning in unknown_variables(os.environ):
         log.warning("%s", warning)
     sys.setswitchinterval(0.0005)  # the loop must not wait 5 ms for each of kazoo's turns
-    code = 0
     try:
         held = lock(config)
         serve(config, argv, written)

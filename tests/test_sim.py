@@ -1302,6 +1302,10 @@ IS: dict[str, Callable[[World, Any], Any]] = {
     "is replaced": lambda w, h: all(any(b is not h for b in w.binders(vip)) for vip in w.vips),
     "has one successor": lambda w, h: len([b for b in w.binders() if b is not h]) == 1,
     "has stopped": lambda w, h: h.agent is None, "is failing": lambda w, h: h.managed().state is State.FAILING,
+    "has heard it": lambda w, h: h.managed().reason == "another host has the lock and the IP",
+    "tells that it began anew": lambda w, h: "began anew; " in h.managed().story.history[-1]["reason"],
+    "finds its holder mute": lambda w, h: "does not answer" in h.managed().reason and (
+        link.show(h.managed(), h.agent.loop.now)["wire"]["state"] == "silent"),
     "hears nobody": lambda w, h: "hears nobody" in h.managed().reason,
     "has no place": lambda w, h: h.name not in w.names(), "has a place": lambda w, h: h.name in w.names(),
     "leads": lambda w, h: w.names()[0] == h.name, "waits alone": lambda w, h: w.names() == [h.name],
@@ -1455,6 +1459,10 @@ SCENES: list[tuple[str, int | list[int], dict[str, Any], str]] = [  # name, seed
     ("a standby whose check has failed leaves the queue, and a holder at rest is asked less often than it might", 3,
      {"checks": True, "health_check_fall": 9},
      "count begins, 1, first asked eight times, first sick, 2.5, first stands by, first has no place"),
+    # a filter there drops its answers: for who has never heard one that is no silence
+    ("a standby says that the holder has never answered it, and leaves it the VIP", 3, {},
+     "first kill, holder mute, first ends kill, 45, first finds its holder mute, vip stays, holder ends mute, 45,"
+     " first stands by, first has heard it"),
     ("a stop does not wait for the next turn of a check that failed once", 6, {"checks": True, "interval": 30},
      f"{DOUBT}, holder sigterm, holder has stopped within 2, 60, vip single, vip no gap"),
     ("a host that hangs in its check gives a stopping one leave to go", 3, {"checks": True, "interval": 30,
@@ -1473,6 +1481,8 @@ SCENES: list[tuple[str, int | list[int], dict[str, Any], str]] = [  # name, seed
      " holder gives it, 0.5, holder alone has it, holder is told that nobody can, holder power,"
      " first has it within 6.5"),
 
+    ("a host that comes back from a reboot says why it has not what it had", 3, {},
+     "holder power, 5, holder ends power, 3, holder tells that it began anew, vip settles"),
     *(("a crash and a restart move nothing", 3, {"vips": VIPS, "rest": 15},
        "count begins, " + f"holder kill, {pause}, holder ends kill, 3, " * 5 +
        "holder alone has it, vip unmoved, vip no gap") for pause in (0.1, 1.0)),

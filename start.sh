@@ -280,7 +280,7 @@ run_tests() {
     else
         quick=()
     fi
-    [[ ! ${paths[*]} =~ real|story|alerts|hostile|chaos|keepalived|tests/?( |$) ]] || packages curl openssl "${ZOOKEEPER[@]}"
+    [[ ! ${paths[*]} =~ real|story|alerts|hostile|chaos|keepalived|tests/?( |$) ]] || packages curl nftables openssl "${ZOOKEEPER[@]}"
     [[ ! ${paths[*]} =~ story|tests/?( |$) ]] || packages chromium chromium-driver fonts-dejavu-core
     [[ ! ${paths[*]} =~ alerts|tests/?( |$) ]] || packages prometheus
     [[ ! ${paths[*]} =~ keepalived|tests/?( |$) ]] || packages keepalived

@@ -627,6 +627,29 @@ def test_a_proxy_arp_router_neither_hides_a_death_nor_fakes_a_holder(c: Cluster)
         c.settled(vip, 1.5, among=others)
 
 
+FILTER = """table arp answers {
+  chain out {
+    type filter hook output priority 0
+    arp operation reply drop
+  }
+}"""
+
+
+def test_a_holder_whose_answers_are_filtered_is_told_of_by_the_first_standby_and_keeps_the_ip(c: Cluster) -> None:
+    vip, holder, (first, *_) = c.held()
+    first.stop(signal.SIGKILL)  # who was answered before takes it over
+    nft = ["ip", "netns", "exec", holder.namespace, "nft"]
+    subprocess.run([*nft, "-f", "-"], input=FILTER.encode(), check=True)
+    try:
+        c.start(first)
+        wait_until(lambda: c.show(first, vip).get("wire", {}).get("state") == "silent", 30, "the first standby tells")
+        assert c.bound(vip) == [holder]
+    finally:
+        subprocess.run([*nft, "delete", "table", "arp", "answers"], check=True)
+    wait_until(lambda: c.show(first, vip)["wire"]["state"] == "answered", 5)
+    assert c.bound(vip) == [holder]
+
+
 def test_the_api_shows_what_the_wire_says_and_conflicts_are_counted_and_defended(c: Cluster) -> None:
     vip, holder, others = c.held()
     wire = wait_until(lambda: (w := c.show(others[0], vip)["wire"])["state"] == "answered" and w, 2)

@@ -1229,11 +1229,8 @@ class Referee:
             for place in tuple(self._places.values()):
                 self._next(place)  # not by an earlier tick(), which would make one client after the other
         else:
-            log.log(
-                known if mute else logging.WARNING,
-                "ZooKeeper: %s",
-                "the session has ended" if expired else "out of reach",
-            )
+            said = "the session has ended" if expired else "out of reach"
+            log.log(known if mute else logging.WARNING, "ZooKeeper: %s", said)
             self._refuse("session", "ZooKeeper ends each session at once: see zookeeper_auth, and its log" * mute)
         self._news("")
 
@@ -2909,9 +2906,8 @@ class Agent:
     def expected(self) -> float:
         """When the loop is to go round again at the latest."""
         loop = self.loop
-        return max(
-            loop.now, min(loop.due, loop.tick_at, loop.save_at, self.wire.due, self.referee.due, self.kernel.due)
-        )
+        due = min(loop.due, loop.tick_at, loop.save_at, self.wire.due, self.referee.due, self.kernel.due)
+        return max(loop.now, due)
 
     def turn(self, expected: float) -> bool:
         """One round: hear, then act. True when the agent has stopped."""
@@ -2932,6 +2928,8 @@ class Agent:
             loop.tick_at = now + TICK
             if self.referee.refused or self.wire.deaf(now, ()):
                 self.news(*self.vips)
+            if not self.peers.keys() <= self.referee.records.keys():  # a queue may have lost it since
+                self._find_peers()
             self.network.hear_only({*self.vips, *self.wire.known()})
             self.wire.meet(now)
             self._tell_troubles()
@@ -2985,10 +2983,6 @@ class Agent:
                 return
         faulthandler.dump_traceback()
         os._exit(1)
-
-    def busy(self) -> bool:
-        """Whether somebody waits for an order, for the disk, or for a notice."""
-        return bool(self.loop.changes or self.notices.waiting) or any(vip.orders for vip in self.vips.values())
 
     def save_soon(self) -> None:
         """Once for many changes."""
@@ -3071,15 +3065,19 @@ class Agent:
         """ZooKeeper has news: of one address, or ('') of the session or the hosts."""
         if address:
             return self.news(address)
+        self._find_peers()
+        self.save(now=False)  # at once: who is killed right after it has connected is to find its session again
+        self.news(*self.vips)
+
+    def _find_peers(self) -> None:
+        """The other hosts; one that stands in a queue is there, though its record may not be for a moment."""
         others = {host: record for host, record in self.referee.records.items() if host != self.config.hostname}
         queued = {c.host for vip in self.vips.values() for c in vip.lock(self.loop.now).queue}
-        peers = {host: record for host, record in self.peers.items() if host in queued} | others  # holes in its record
+        peers = {host: record for host, record in self.peers.items() if host in queued} | others
         if self.config.hostname in self.referee.records and peers != self.peers:
             self.peers, macs = peers, {host: record.mac for host, record in others.items() if record.mac}
             self.macs = dict([each for each in self.macs.items() if each[0] not in macs][-HOSTS:]) | macs
             self._find_witnesses()
-        self.save(now=False)  # at once: who is killed right after it has connected is to find its session again
-        self.news(*self.vips)
 
     def _find_witnesses(self) -> None:
         """What the operator names, the gateways on this interface, and other contenders' own addresses."""
@@ -3706,9 +3704,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise LinkError(403, "unknown host", f"the header Host must be an address or one of: {known}")
         scheme = "https" if self.server.tls else "http"
         if self.headers.get("Origin", own := f"{scheme}://{self.headers.get('Host')}") != own:
-            raise LinkError(
-                403, "no foreign pages", "leave out Origin: in a browser only this agent's own page may ask"
-            )
+            why = "leave out Origin: in a browser only this agent's own page may ask"
+            raise LinkError(403, "no foreign pages", why)
         wanted = credentials(config.user, config.password)
         scheme, _, given = self.headers.get("Authorization", "").partition(" ")
         right = scheme.lower() == "basic" and hmac.compare_digest(given.strip().encode(), wanted.encode())
@@ -4217,18 +4214,15 @@ def check(config: Config) -> None:
     print("configuration OK")
 
 
-def _lock_files(config: Config) -> list[Path]:
-    return [Path(config.state_dir, "lock"), RUN / f"{config.interface}.{os.stat('/proc/self/ns/net').st_ino}"]
-
-
 def lock(config: Config, but: Config | None = None) -> list[int | None]:
     """State directory and interface (each network namespace has its own of that name), until this process ends.
 
     None for what cannot be locked; raises BlockingIOError where another agent has it. flock(2) on files that nobody
     else may open, in directories of our own: any user could bind an abstract socket's name. `but`: but for its.
     """
-    locks = list[int | None]()
-    for path in [file for file in _lock_files(config) if not but or file not in _lock_files(but)]:
+    locks, number = list[int | None](), os.stat("/proc/self/ns/net").st_ino
+    wanted, held = ({Path(c.state_dir, "lock"), RUN / f"{c.interface}.{number}"} if c else set() for c in (config, but))
+    for path in sorted(wanted - held):
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             file = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -4283,7 +4277,8 @@ class Upgrade:
 
     def _proven(self, status: int, files: list[bytes], deadline: float) -> None:
         agent, now = self._agent, self._agent.clock.now()
-        if not status and (agent.busy() or math.inf in [*self._clients.values()]) and now < deadline:
+        waits = agent.loop.changes or agent.notices.waiting or any(vip.orders for vip in agent.vips.values())
+        if not status and (waits or math.inf in [*self._clients.values()]) and now < deadline:
             if now > deadline - TICK:
                 agent.refuse("restarting")
             again = threading.Timer(LINGER, agent.post, (self._proven, status, files, deadline))  # they get an answer

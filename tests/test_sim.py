@@ -1360,6 +1360,9 @@ SCENES: list[tuple[str, int | list[int], dict[str, Any], str]] = [  # name, seed
     ("the second standby's questions do not hold up the first one while ZooKeeper commits nothing",
      [*range(60, 64), *range(132, 142)], {},
      "phase 0.0137, zookeeper commits nothing, holder power, holder is replaced within 0.28"),
+    # without a gateway it is the last witness, and dead: its silence is not deafness
+    ("a host that died before is no witness when the holder dies", 5, {"vips": 40},
+     "gateway power, second power, 8, holder power, first has it within 0.35"),
     # delay: the loop learns in the same turn that the connection was lost and is there again
     ("a dead holder is replaced as soon while ZooKeeper commits nothing", 50, {},
      "phase 0.007, zookeeper commits nothing, first delay, second delay, holder power, holder is replaced within 0.33,"

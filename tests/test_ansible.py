@@ -98,6 +98,12 @@ def test_a_variable_of_a_role_stands_in_its_defaults_its_argument_specs_and_the_
     assert rows.keys() == {"link_state", "zookeeper_state"}
 
 
+def test_no_expression_names_the_file_of_a_role_that_a_task_includes() -> None:
+    """Hosts of one play would all run the file of the one that answers first, whatever it says for each of them."""
+    for path in ANSIBLE.rglob("*.yml"):
+        assert not re.search(r"_from: .*\{\{", path.read_text()), path
+
+
 def test_the_pinned_packages_are_those_of_requirements_txt() -> None:
     pinned = dict(item.split("==") for item in load(ROLES[0] / "defaults/main.yml")["link_requirements"])
     wanted = re.findall(r"^([A-Za-z0-9_-]+)>=([\d.]+),<([\d.]+)$", (HERE / "requirements.txt").read_text(), re.M)
@@ -729,9 +735,27 @@ def test_a_dry_run_on_converged_hosts_shows_the_difference_and_makes_none(conver
 # ------------------------------------------------------------------------------------------ arriving and leaving
 
 
+def one_leaves(site: Site, holder: Container, *arguments: str, state: str = "present", **variables: Any) -> None:
+    """Take the holder out while the others stay; its server of ZooKeeper stays, too."""
+    others = [host for host in site.hosts if host is not holder]
+    holder.state, before = state, [host.property("MainPID") for host in others]
+    with site.watch(VIP, lost=0):
+        said = site.play(*arguments, **variables)
+        assert [host for host, count in said.changed.items() if count] == [holder.name], said.text
+        assert len(site.bound(VIP)) == 1 and holder not in site.bound(VIP)
+    assert [host.property("MainPID") for host in others] == before
+    left = belongings(holder) - site.bare[site.hosts.index(holder)]
+    assert not [line for line in left if "zookeeper" not in line]
+    assert not any(site.play(*arguments, **variables).changed.values())
+
+
 @every_suite
 def test_removal_leaves_nothing_bound_and_nothing_behind(converged: Site) -> None:
     left = {"link_state": "absent", "zookeeper_state": "absent"}
+    [first] = converged.bound(VIP)
+    one_leaves(converged, first, state="absent")
+    [second] = converged.bound(VIP)
+    one_leaves(converged, second, "--limit", second.name, link_state="absent")
     for host in converged.hosts:
         host.sh("rm -rf /etc/zookeeper/tls")  # what the operator brought, he takes
     converged.play(**left)

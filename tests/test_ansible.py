@@ -756,6 +756,10 @@ def test_removal_leaves_nothing_bound_and_nothing_behind(converged: Site) -> Non
     one_leaves(converged, first, state="absent")
     [second] = converged.bound(VIP)
     one_leaves(converged, second, "--limit", second.name, link_state="absent")
+    [last] = converged.bound(VIP)
+    said = converged.play("--limit", last.name, fails=True, link_state="absent")  # two more are in the inventory
+    assert f"Nobody has taken {VIP}/32" in said.sentence and converged.bound(VIP) == [last], said.text
+    last.sh("systemctl start link")
     for host in converged.hosts:
         host.sh("rm -rf /etc/zookeeper/tls")  # what the operator brought, he takes
     converged.play(**left)

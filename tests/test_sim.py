@@ -61,6 +61,7 @@ FOREVER = float("inf")
 VERBOSE = False
 READ_FRAME = functools.cache(link.read_frame)
 BARE = functools.cache(lambda ip: str(ip.ip))
+INTERFACE = functools.cache(link.ipaddress.ip_interface)
 FRAMES = functools.cache(lambda mac, low: REAL_FRAMES(mac, {6: low} if low else {}))
 REAL_FRAMES = link.Frames
 
@@ -90,6 +91,7 @@ class Host(FakeNetwork):
     boot: int = 0
     agent: link.Api | None = None
     bound: dict[link.Address, float] = field(default_factory=dict)  # and until when
+    served: set[str] = field(default_factory=set)  # the same, without their prefix lengths
     sick: set[str] = field(default_factory=set)  # health checks fail
     inbox: deque[link.Heard] = field(default_factory=lambda: deque(maxlen=256))
     held: list[Callable[[], None]] = field(default_factory=list)  # what kazoo's threads do once they run again
@@ -127,7 +129,7 @@ class Host(FakeNetwork):
     # -- the kernel
 
     def sync(self, listen: bool = True) -> tuple[link.Link, dict[link.Address, bool], dict[int, str]]:
-        own = {link.ipaddress.ip_interface(address): False for address in self.own.values()}
+        own = {INTERFACE(address): False for address in self.own.values()}
         trouble = "" if self.carrier else "eth0 has no carrier"
         state = link.Link(2, self.mac, self.carrier, self.carrier, trouble)
         return state, {**own, **dict.fromkeys(self.bound, True)}, dict(self.own)
@@ -139,6 +141,7 @@ class Host(FakeNetwork):
         if lifetime:
             self.world.at(self.bound[ip], self.expire, ip)
         if new:
+            self.served.add(BARE(ip))
             self.netlink("binds", ip)
 
     def expire(self, ip: link.Address) -> None:
@@ -150,6 +153,7 @@ class Host(FakeNetwork):
 
     def unbind(self, ip: link.Address, how: str = "unbinds") -> None:
         if self.bound.pop(ip, None) is not None:
+            self.served.discard(BARE(ip))
             self.netlink(how, ip)
 
     def clear(self, addresses: Collection[link.Address], lasting: bool = False) -> None:
@@ -176,12 +180,13 @@ class Host(FakeNetwork):
             self.world.wire.send(self, frame)
 
     def receive(self, limit: int = 512) -> tuple[list[link.Heard], bool]:
+        if not self.inbox:
+            return [], False
         heard = [self.inbox.popleft() for _ in range(min(limit, len(self.inbox)))]
         return heard, len(heard) == limit
 
     def answers(self, address: str) -> bool:
-        bound = not self.mute and any(BARE(ip) == address for ip in self.bound)
-        return bound or self.proxy or address in self.own.values()
+        return (not self.mute and address in self.served) or self.proxy or address in self.own.values()
 
     def hear(self, heard: link.Heard) -> None:
         if self.agent:
@@ -220,19 +225,22 @@ class Host(FakeNetwork):
 
     def wake(self, when: float = 0.0) -> None:
         """The loop goes round at that time, or now: a little later, as timers and schedulers are."""
-        when = max(when, self.world.time)
-        if self.agent and not self.stopped and when < self.wake_at:
-            when += self.world.rng.random() * (0.0005 + self.starved)
+        world = self.world
+        if when < world.time:
+            when = world.time
+        if when < self.wake_at and self.agent and not self.stopped:
+            when += world.rng.random() * (0.0005 + self.starved)
             if when < self.wake_at:
                 self.wake_at = when
-                self.world.at(when, self.turn, when, self.agent)
+                heapq.heappush(world.events, (when, next(world.serial), self.turn, (when, self.agent)))
 
     def turn(self, when: float, agent: link.Agent) -> None:
         if agent is not self.agent or when != self.wake_at or self.stopped:
             return
         self.wake_at, self.world.active = FOREVER, self
         done = agent.turn(self.expected)
-        self.states = {address: state for address, state in self.states.items() if address in agent.vips}
+        if self.states.keys() - agent.vips.keys():
+            self.states = {address: state for address, state in self.states.items() if address in agent.vips}
         for address, managed in agent.vips.items():
             if self.states.get(address) is not managed.state:
                 self.world.moved(self, managed, self.states.get(address))
@@ -295,7 +303,7 @@ class Host(FakeNetwork):
     def power_off(self) -> None:
         self.kill()
         self.powered, self.boot = False, self.boot + 1
-        self.bound.clear()
+        self.bound.clear(), self.served.clear()
 
     def power_on(self) -> None:
         if not self.powered:
@@ -389,7 +397,7 @@ class SimWire:
         if not sender.on_wire or heard is None:
             return
         self.sent[sender.name, f"{heard.kind.name.lower()}s"] += 1
-        if heard.kind is Kind.CLAIM and not any(BARE(ip) == heard.address for ip in sender.bound):
+        if heard.kind is Kind.CLAIM and heard.address not in sender.served:
             world.blame(f"{sender.name} announces {heard.address}, which it has not")
         if sender.agent and heard.address in world.addresses and heard.address not in sender.agent.vips:
             world.blame(f"{sender.name} asks for {heard.address}, which it does not share")
@@ -801,7 +809,7 @@ class World(link.Clock):
     ) -> None:  # fmt: skip
         self.seed, self.rng = seed, random.Random(seed)
         self.events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
-        self._count = itertools.count()
+        self.serial = itertools.count()
         if isinstance(vips, int):
             vips = [f"192.0.{2 + n // 150}.{101 + n % 150}/32" for n in range(vips)]
         self.vips = [link.ipaddress.ip_interface(vip) for vip in vips]
@@ -869,10 +877,10 @@ class World(link.Clock):
         return datetime.fromtimestamp(self.time - ago, UTC).isoformat(timespec=digits).replace("+00:00", "Z")
 
     def at(self, when: float, do: Callable[..., None], *args: Any) -> None:
-        heapq.heappush(self.events, (when, next(self._count), do, args))
+        heapq.heappush(self.events, (when, next(self.serial), do, args))
 
     def after(self, delay: float, do: Callable[..., None], *args: Any) -> None:
-        self.at(self.time + delay, do, *args)
+        heapq.heappush(self.events, (self.time + delay, next(self.serial), do, args))
 
     def run(self, seconds: float, until: Callable[[], Any] | None = None) -> float:
         """Go on so long, or until something is true; the seconds that took."""

@@ -61,6 +61,7 @@ FOREVER = float("inf")
 VERBOSE = False
 READ_FRAME = functools.cache(link.read_frame)
 BARE = functools.cache(lambda ip: str(ip.ip))
+SAID = {kind: f"{kind.name.lower()}s" for kind in Kind}
 INTERFACE = functools.cache(link.ipaddress.ip_interface)
 FRAMES = functools.cache(lambda mac, low: REAL_FRAMES(mac, {6: low} if low else {}))
 REAL_FRAMES = link.Frames
@@ -253,15 +254,15 @@ class Host(FakeNetwork):
 
     def later(self, delay: float, do: Callable[..., None], *args: Any) -> None:
         """Something that kazoo's threads do, in this process, if it is there and not stopped."""
-        agent = self.agent
+        self.world.after(delay, self._run, self.agent, do, args)
 
-        def run() -> None:
-            if self.stopped and agent is self.agent:
-                self.held.append(run)
-            elif agent is self.agent and agent:
-                do(*args)
-
-        self.world.after(delay, run)
+    def _run(self, agent: link.Api | None, do: Callable[..., None], args: tuple[Any, ...]) -> None:
+        if agent is not self.agent or not agent:
+            return
+        if self.stopped:
+            self.held.append(functools.partial(self._run, agent, do, args))
+        else:
+            do(*args)
 
     def end(self, agent: link.Api) -> None:
         """It has stopped, or executes the new program in place of itself: nobody may wait for it any more."""
@@ -396,7 +397,7 @@ class SimWire:
         heard, world = READ_FRAME(frame), self._world
         if not sender.on_wire or heard is None:
             return
-        self.sent[sender.name, f"{heard.kind.name.lower()}s"] += 1
+        self.sent[sender.name, SAID[heard.kind]] += 1
         if heard.kind is Kind.CLAIM and heard.address not in sender.served:
             world.blame(f"{sender.name} announces {heard.address}, which it has not")
         if sender.agent and heard.address in world.addresses and heard.address not in sender.agent.vips:
@@ -404,21 +405,22 @@ class SimWire:
         if sender.dumb or (sender.muffled and heard.kind is Kind.CLAIM):
             sender.unheard = world.time
             return
+        to = b"" if heard.broadcast else frame[:6]
         for host in world.stations:
-            if host is not sender and (heard.broadcast or host.mac == frame[:6]):
+            if host is not sender and (not to or host.mac == to):
                 self._pass(sender, host, heard)
         for client in world.clients if heard.kind is Kind.CLAIM else ():
             self._pass(sender, client, heard)
 
     def _pass(self, sender: Host, to: Host, heard: link.Heard) -> None:
-        chance = self._world.rng.random
-        if not self.loss or chance() >= self.loss:
-            self._world.after(0.0002 + 0.0018 * chance(), self._arrive, sender, to, heard)
+        world = self._world
+        if not self.loss or world.rng.random() >= self.loss:
+            world.after(0.0002 + 0.0018 * world.rng.random(), self._arrive, sender, to, heard)
 
     def _arrive(self, sender: Host, to: Host, heard: link.Heard) -> None:
         if not to.on_wire or to.deaf or to.side != sender.side or (sender.name, to.name) in self.broken:
             return
-        if heard.asks and sender.on_wire and not to.dumb and to.answers(heard.address):
+        if heard.kind is Kind.ASK and sender.on_wire and not to.dumb and to.answers(heard.address):
             self._pass(to, sender, link.Heard(heard.address, to.mac, Kind.CLAIM, False))
         to.hear(heard)
 
@@ -436,9 +438,9 @@ class Line:
 
     def carry(self, up: bool, do: Callable[[], None]) -> None:
         world = self.host.world
-        slow = world.server.slow * (not up)
-        self.last[up] = max(self.last[up], world.time + world.rng.uniform(0.0005, 0.0025 + slow))
-        world.at(self.last[up], self._arrive, up, do)
+        most = 0.002 if up else 0.002 + world.server.slow
+        self.last[up] = when = max(self.last[up], world.time + (0.0005 + most * world.rng.random()))
+        world.at(when, self._arrive, up, do)
 
     def serve(self) -> None:
         """Answer what was asked, as far as it can be."""
@@ -886,7 +888,9 @@ class World(link.Clock):
         """Go on so long, or until something is true; the seconds that took."""
         events, began = self.events, self.time
         end = began + seconds
-        while events[0][0] <= end and not (until and until()):
+        while events[0][0] <= end:
+            if until and until():
+                return self.time - began
             self.time, _, do, args = heapq.heappop(events)
             do(*args)
         if until and until():

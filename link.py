@@ -3049,7 +3049,7 @@ class Agent:
         if vip and heard.kind is Kind.CLAIM and vip.lets_go(heard.mac, now):
             return
         news = self.wire.hear(heard, known, now)
-        if not vip or not (known or heard.kind is Kind.CLAIM):
+        if not vip or (heard.asks and not heard.broadcast) or not (known or heard.kind is Kind.CLAIM):
             return
         vip.hear(heard, known, fresh, now)
         if news or vip.bound or heard.kind in (Kind.GIVE, Kind.WANT):

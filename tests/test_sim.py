@@ -2110,7 +2110,7 @@ def test_a_listing_that_answers_a_doubt_is_news_though_it_says_the_same(w, holde
 def test_at_rest_time_alone_is_no_reason_to_decide_again(w, holder, first, zookeeper):
     with mock.patch.object(link, "decide", side_effect=link.decide) as decide:
         w.run(10)
-    assert len(holder.bound) == 20 and decide.call_count < 20 * 3 * 4, "each IP, host; announced and asked for"
+    assert len(holder.bound) == 20 and decide.call_count < 20 * 3 * 2.5, "each IP, host; to be asked is no news"
 
 
 @story([1], rest=None, hosts=1, vips=300)

@@ -12,8 +12,8 @@ frames are lost and late, TCP holds what cannot pass and delivers it late, sessi
 An observer looks after every step. I1: an IP is bound by a host that the clients reach, whenever there is one with a
 living agent, but for as long as a session lasts. I2: no two that hear each other have it for longer than they need to
 find out (at-most-one: never). I3: three seconds after the end of all faults (and of the sessions that they have left
-behind) exactly one has it, with its lock, and the clients know which. I4: every change has its reason in the history,
-no order is lost, nothing is left of what has gone.
+behind) exactly one has it, with its lock, and the clients know which; a long rest changes nothing
+of it. I4: every change has its reason in the history, no order is lost, nothing is left of what has gone.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ from link import Intent, Kind, Lock, State
 
 GATEWAY = "192.0.2.254"
 VIPS = ("192.0.2.101/32", "2001:db8::102/128", "192.0.2.103/32")
+MEMORY = "/dev/shm"  # state directories lie there, where it is: the disk is not what is tested
 FOREVER = float("inf")
 VERBOSE = False
 READ_FRAME = functools.cache(link.read_frame)
@@ -227,8 +228,7 @@ class Host(FakeNetwork):
     def wake(self, when: float = 0.0) -> None:
         """The loop goes round at that time, or now: a little later, as timers and schedulers are."""
         world = self.world
-        if when < world.time:
-            when = world.time
+        when = max(when, world.time)
         if when < self.wake_at and self.agent and not self.stopped:
             when += world.rng.random() * (0.0005 + self.starved)
             if when < self.wake_at:
@@ -845,11 +845,12 @@ class World(link.Clock):
         self.twos: dict[Any, float] = {}  # two that hear each other have a VIP: since when
         self.gap_limit = self.two_limit = FOREVER
         self.worst_gap = self.worst_two = 0.0
+        self.healed = FOREVER  # when all faults were last ended
         self._patches = ExitStack()
 
     def __enter__(self) -> World:
         put = self._patches.enter_context
-        self.folder = Path(put(tempfile.TemporaryDirectory()))
+        self.folder = Path(put(tempfile.TemporaryDirectory(dir=MEMORY if os.access(MEMORY, os.W_OK) else None)))
         frames = lambda mac, own: FRAMES(mac, own.get(6))  # noqa: E731
         client = lambda config, session: SimKazoo(self.active, session)  # noqa: E731
         boot = lambda: f"{self.active.name}-{self.active.boot}"  # noqa: E731
@@ -1079,7 +1080,7 @@ class World(link.Clock):
             if host.agent and host.agent.stopping is not None:
                 host.kill()
             host.start()
-        self.clients[1].side = 0
+        self.clients[1].side, self.healed = 0, self.time
         self.note("fault", "all healed")
         self.disturb()
 
@@ -1090,8 +1091,10 @@ class World(link.Clock):
         self.look()
         before, strict = (len(self.history), self.transitions), self.config.get("promise") == "at-most-one"
         # Who began anew on an island, or never asks the wire, joins nothing after it: its clients wait for a minute.
-        told_of = self.clients[: 1 if strict or self.count("end of forget") else 2]
+        alone = strict or self.count("end of forget")
         for _ in range(2):
+            long = self.time - self.healed > 1.1 * link.REFRESH  # each has announced its IPs since, to everybody
+            told_of = self.clients[: 1 if alone and not long else 2]
             for vip in self.vips:
                 binders, queue = self.binders(vip), [(name, session) for name, session, _ in self.queue(vip)]
                 names, sharers = [host.name for host in binders], [host for host in self.hosts if host.shares(vip)]
@@ -1104,12 +1107,27 @@ class World(link.Clock):
                     self.blame(f"{vip}: bound on {names}, states {states}")
                 macs = {client.name: client.cache.get(BARE(vip)) for client in told_of}
                 told = binders and self.time - binders[0].unheard > 1.1 * link.REFRESH  # else it will say so again
-                if told and not {*macs.values()} <= {None, binders[0].mac}:
+                if told and not {*macs.values()} <= {None if not long else binders[0].mac, binders[0].mac}:
                     self.blame(f"{vip}: bound on {names}, clients know {macs}")
             self.run(quiet)
         if (len(self.history), self.transitions) != before:
             self.wrong.append("no rest: " + " | ".join(self.history[before[0] :][:6]))
         self.unanswered(self.calls)
+
+    def rest(self, seconds: float) -> None:
+        """So long all is well: no node changes, nobody has trouble or works much, holders announce once a minute."""
+        before = [(host, host.agent, host.agent.loop.turns, self.claims(host)) for host in self.hosts if host.agent]
+        zxid, said = self.server.zxid, {4: 2, 6: 1}  # frames in an announcement
+        self.settled(quiet=seconds / 2)
+        for host, agent, turned, claimed in before:
+            turns, claims = agent.loop.turns - turned, self.claims(host) - claimed
+            frames, times = sum(said[ip.version] for ip in host.bound), seconds / link.REFRESH
+            if not frames * int(times / 1.1) <= claims <= frames * (times / 0.9 + 3):
+                self.blame(f"{host.name} has announced {len(host.bound)} IPs by {claims} frames in {seconds:.0f} s")
+            if turns > 100 * seconds or host.agent is not agent or agent.troubles():
+                self.blame(f"no rest for {host.name}: {turns} turns in {seconds:.0f} s, {agent.troubles()}")
+        if self.server.zxid != zxid:
+            self.blame(f"no rest for ZooKeeper: {self.server.zxid - zxid} changes in {seconds:.0f} s")
 
     def remains(self) -> bool:
         """Whether ZooKeeper has sessions of processes that are over: their nodes stand in the queues till they end."""
@@ -1142,12 +1160,13 @@ KINDS = (  # what World.fault() does; the last two where there are checks
     "bond", "isolate", "deaf", "dumb", "mute", "muffle", "half path", "no path", "lock", "failover", "delete", "sick",
     "all sick",
 )  # fmt: skip
+REST = (0.0, 0.0, 15.0, 45.0, 150.0)  # seconds between squalls: the longest timer (REFRESH) runs down three times
 ZOOKEEPER_KINDS = ("proxy", "zookeeper", "stall", "slow", "very slow", "cut", "lose", "leaderless", "unlock")
 
 
 def storm(seed: int) -> World:
     """One run: a random configuration, rounds of random faults and peace; what is wrong is in `wrong`."""
-    rng = random.Random(seed)
+    rng, calm = random.Random(seed), random.Random(f"rest {seed}")
     zookeeper = rng.random() < 0.65
     strict = zookeeper and rng.random() < 0.25
     timeout, tick = (rng.choice((2.0, 4.0, 6.0)), rng.choice((0.1, 0.5, 2.0))) if zookeeper else (0.0, 0.1)
@@ -1173,6 +1192,8 @@ def storm(seed: int) -> World:
             world.run(timeout + tick, until=lambda: not world.remains())
             world.run(3)
             world.settled(quiet=5.0)
+            if rest := calm.choice(REST) * calm.uniform(0.5, 1.5):
+                world.rest(rest)
         world.end()
     return world
 

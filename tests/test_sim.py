@@ -1107,7 +1107,7 @@ class World(link.Clock):
                     self.blame(f"{vip}: bound on {names}, states {states}")
                 macs = {client.name: client.cache.get(BARE(vip)) for client in told_of}
                 told = binders and self.time - binders[0].unheard > 1.1 * link.REFRESH  # else it will say so again
-                if told and not {*macs.values()} <= {None if not long else binders[0].mac, binders[0].mac}:
+                if told and not {*macs.values()} <= {binders[0].mac, binders[0].mac if long else None}:
                     self.blame(f"{vip}: bound on {names}, clients know {macs}")
             self.run(quiet)
         if (len(self.history), self.transitions) != before:

@@ -802,7 +802,7 @@ class Wire:
         if heard.kind is not Kind.CLAIM:
             self._others[Kind.ASK, heard.mac] = now
             return False
-        if now - ear.heard > 1.5 * TICK:
+        if now - ear.heard > TICK * (1.5 if heard.mac == ear.mac else 1):  # not who let go for us
             ear.since = now
         met = ear.met or not heard.broadcast
         if ear.asked and ear.stream and ear.stream.peer:

@@ -1473,6 +1473,9 @@ SCENES: list[tuple[str, int | list[int], dict[str, Any], str]] = [  # name, seed
     ("without ZooKeeper an agent that finds its address bound tells the clients", 5, {"zookeeper": False},
      "holder isolate, holder kill, 1, holder has one successor, holder ends isolate, 2, holder alone has it,"
      " count begins, holder starts, 1, holder alone has it, holder announced it, vip settles"),
+    # its ZooKeeper server has not noticed yet that it has no leader
+    ("a rival is not taken for the host that let go a second before", 5, {},
+     "first takes it, 1.1, first has a server without a leader, first unlock, 0.2, vip twice, vip single within 1"),
     # its words come and go, and with each the holder begins to listen anew
     ("while ZooKeeper answers late a holder that has lost its lock lets go within a second", 12,
      {"vips": VIPS[1:2], "session_timeout": 2.0},

@@ -1175,6 +1175,7 @@ class Referee:
             self.due = now + TICK
         elif now - self._oldest() > part:
             log.warning("ZooKeeper's server does not answer: trying another one")
+            self._connected = False  # by ourselves, so it is no session that was ended
             self._out.clear()
             with contextlib.suppress(OSError, AttributeError):
                 self._client._connection._socket.shutdown(socket.SHUT_RDWR)

@@ -38,6 +38,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import openapi_spec_validator
 import pytest
@@ -1778,6 +1779,21 @@ def test_a_zookeeper_that_ends_each_session_at_once_is_said_once_and_with_the_re
     assert one.refused == ""
     one._on_state(None, False)  # a session that was of use, and is lost, is no refusal
     assert one.refused == "" and caplog.records[-1].message == "ZooKeeper: out of reach"
+
+
+def test_a_zookeeper_that_is_only_slow_is_not_said_to_end_sessions(tmp_path):
+    now = 0.0
+    one = link.Referee(config_of(tmp_path, **WITH_ZOOKEEPER), lambda: now, lambda *_: None, lambda _: None)
+    one._client = mock.MagicMock()
+    one._on_state((1, b""), False)
+    now = 1.0
+    one.tick(now)  # nothing was answered for an eighth of the session: another server is tried
+    assert one._client._connection._socket.shutdown.called
+    one._on_state(None, False)
+    assert one.refused == ""
+    one._on_state((1, b""), False)
+    one._on_state(None, False)  # this time it was the server
+    assert "ends each session at once" in one.refused
 
 
 def test_a_host_is_not_well_again_while_zookeeper_is_yet_to_be_reached(tmp_path):

@@ -2985,6 +2985,10 @@ class Agent:
         faulthandler.dump_traceback()
         os._exit(1)
 
+    def busy(self) -> bool:
+        """Whether somebody waits for an order, for the disk, or for a notice."""
+        return bool(self.loop.changes or self.notices.waiting) or any(vip.orders for vip in self.vips.values())
+
     def save_soon(self) -> None:
         """Once for many changes."""
         self.loop.save_at = min(self.loop.save_at, self.loop.now + LINGER + len(self.vips) / 1000)
@@ -3017,23 +3021,10 @@ class Agent:
         self.store.save_change(address, change)
         self.notices.tell({"host": self.config.hostname, "ip": address, **change})
 
-    def troubles(self) -> list[str]:
-        """What is wrong with this host, in words that name the remedy."""
-        link, referee, vips = self.kernel.link, self.referee, self.vips.values()
-        of_family = {4: link.trouble4, 6: link.trouble6}
-        wrong = [link.trouble or self.kernel.error, "ZooKeeper is lost" * (referee.state == "lost"), referee.refused]
-        wrong += sorted({of_family[vip.vip.ip.version] for vip in vips})
-        wrong += [self.hears_nobody] if any(self.hears_nobody in vip.reason for vip in vips) else []
-        twins = [host for host, record in self.peers.items() if record.mac == link.mac.hex(":") != ""]
-        wrong += [f"{twins[0]} has this host's MAC {link.mac.hex(':')}: give one of them its own"] if twins else []
-        other = [host for host, record in self.peers.items() if record.promise not in ("", self.config.promise)]
-        wrong += [f"{other[0]} does not promise {self.config.promise}: let all hosts promise the same"] if other else []
-        return [*filter(None, wrong)]
-
     def _tell_troubles(self) -> None:
         """Once a second; while ZooKeeper is yet to be reached, or to be lost, nothing is well again."""
         story, well = self.notices.story, "nothing is wrong"
-        old, why = story.told("healthy"), "; ".join(self.troubles()) or well
+        old, why = story.told("healthy"), "; ".join(troubles(self)) or well
         last = story.history[-1]["reason"] if story.history else well
         if why != last and (why != well or self.referee.state != "connecting"):
             new, event = ("healthy", "recovered") if why == well else ("unhealthy", "trouble")
@@ -3226,6 +3217,20 @@ class Agent:
             vip.end(LinkError(503, why, "this agent ends: ask again when the next one answers, or another host's"))
 
 
+def troubles(agent: Agent) -> list[str]:
+    """What is wrong with this host, in words that name the remedy."""
+    link, referee, vips = agent.kernel.link, agent.referee, agent.vips.values()
+    of_family = {4: link.trouble4, 6: link.trouble6}
+    wrong = [link.trouble or agent.kernel.error, "ZooKeeper is lost" * (referee.state == "lost"), referee.refused]
+    wrong += sorted({of_family[vip.vip.ip.version] for vip in vips})
+    wrong += [agent.hears_nobody] if any(agent.hears_nobody in vip.reason for vip in vips) else []
+    twins = [host for host, record in agent.peers.items() if record.mac == link.mac.hex(":") != ""]
+    wrong += [f"{twins[0]} has this host's MAC {link.mac.hex(':')}: give one of them its own"] if twins else []
+    other = [host for host, record in agent.peers.items() if record.promise not in ("", agent.config.promise)]
+    wrong += [f"{other[0]} does not promise {agent.config.promise}: let all hosts promise the same"] if other else []
+    return [*filter(None, wrong)]
+
+
 class Api(Agent):
     """The Agent with what the API can ask of it; each function raises a LinkError where nothing has changed."""
 
@@ -3359,7 +3364,7 @@ class Api(Agent):
         met = any(self.wire.known().values()) or not self.wire.known()
         slow = "" if met else "no witness has answered: name one on this network in `witnesses`"
         slow = slow if self.config.probe_count else "probe_count is 0: a dead holder is found by its session"
-        wrong = self.troubles()
+        wrong = troubles(self)
         return {
             "healthy": not wrong,
             "trouble": [*filter(None, [*wrong, slow, self.store.trouble, self.notices.trouble])],
@@ -4278,8 +4283,7 @@ class Upgrade:
 
     def _proven(self, status: int, files: list[bytes], deadline: float) -> None:
         agent, now = self._agent, self._agent.clock.now()
-        waits = agent.loop.changes or agent.notices.waiting or any(vip.orders for vip in agent.vips.values())
-        if not status and (waits or math.inf in [*self._clients.values()]) and now < deadline:
+        if not status and (agent.busy() or math.inf in [*self._clients.values()]) and now < deadline:
             if now > deadline - TICK:
                 agent.refuse("restarting")
             again = threading.Timer(LINGER, agent.post, (self._proven, status, files, deadline))  # they get an answer

@@ -1106,7 +1106,8 @@ class World(link.Clock):
                 if [n for n, s in states.items() if s is State.ACTIVATED] != names:
                     self.blame(f"{vip}: bound on {names}, states {states}")
                 macs = {client.name: client.cache.get(BARE(vip)) for client in told_of}
-                told = binders and self.time - binders[0].unheard > 1.1 * link.REFRESH  # else it will say so again
+                told = binders and (long or len(sharers) == len(self.hosts))  # who has forgotten it can tell nobody
+                told = told and self.time - binders[0].unheard > 1.1 * link.REFRESH  # else it will say so again
                 if told and not {*macs.values()} <= {binders[0].mac, binders[0].mac if long else None}:
                     self.blame(f"{vip}: bound on {names}, clients know {macs}")
             self.run(quiet)
@@ -1124,8 +1125,8 @@ class World(link.Clock):
             frames, times = sum(said[ip.version] for ip in host.bound), seconds / link.REFRESH
             if not frames * int(times / 1.1) <= claims <= frames * (times / 0.9 + 3):
                 self.blame(f"{host.name} has announced {len(host.bound)} IPs by {claims} frames in {seconds:.0f} s")
-            if turns > 100 * seconds or host.agent is not agent or agent.troubles():
-                self.blame(f"no rest for {host.name}: {turns} turns in {seconds:.0f} s, {agent.troubles()}")
+            if turns > 100 * seconds or host.agent is not agent or link.troubles(agent):
+                self.blame(f"no rest for {host.name}: {turns} turns in {seconds:.0f} s, {link.troubles(agent)}")
         if self.server.zxid != zxid:
             self.blame(f"no rest for ZooKeeper: {self.server.zxid - zxid} changes in {seconds:.0f} s")
 

@@ -59,11 +59,9 @@ def main() -> None:
         wrong.append(f"state_dir: {state} is not below /var/lib, and the unit lets the agent write nowhere else")
     servers = told["servers"]
     if (silent := unheard(servers)) and 2 * len(silent) >= len(servers):
-        wrong.append(
-            f"reaches {len(servers) - len(silent)} of the {len(servers)} ZooKeeper servers in link_zookeeper, not "
-            f"{', '.join(silent)}, and needs more than half. Start them, open their client port to this host, "
-            "or correct link_zookeeper (leave it out and a group zookeeper is installed for you)"
-        )
+        remedy = "Start them, open their client port to this host, or correct link_zookeeper (without it one is made)"
+        few = f"{len(servers) - len(silent)} of the {len(servers)} ZooKeeper servers in link_zookeeper"
+        wrong.append(f"reaches {few}, not {', '.join(silent)}, and needs more than half. {remedy}")
     json.dump({"wrong": wrong, "own": own, "virtual": virtual}, sys.stdout)
 
 

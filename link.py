@@ -2432,9 +2432,9 @@ class Vip:
 
         Without a lock for two seconds only: of hosts that stop at the same time one keeps it, not all.
         """
-        facts = self.facts(now, self.lock(now))
+        facts, referee = self.facts(now, self.lock(now)), self.agent.referee
         if facts.lock is Lock.UNKNOWN:
-            return facts.successor and (facts.leaving or 0.0) < 2 * TICK
+            return facts.successor and min(facts.leaving or 0.0, referee.age(now) - referee.timeout) < 2 * TICK
         return facts.lock is Lock.MINE or facts.successor or facts.heard <= TICK
 
     def _due(self, f: Facts, now: float) -> float:
@@ -3195,8 +3195,7 @@ class Agent:
         if self.stopping is None:
             return False
         left, soon = [vip for vip in self.vips.values() if vip.bound], self.stopping - LONG + TICK
-        limit = self.stopping if self.referee.state in ("connected", "none") else soon  # it may be back in a second
-        if (now < limit and any(vip.may_be_relieved(now) for vip in left)) or (
+        if (now < self.stopping and any(vip.may_be_relieved(now) for vip in left)) or (
             now < soon and (self.loop.changes or self.notices.waiting)
         ):
             return False

@@ -1526,6 +1526,13 @@ SCENES: list[tuple[str, int | list[int], dict[str, Any], str]] = [  # name, seed
     *(("a crash and a restart move nothing", 3, {"vips": VIPS, "rest": 15},
        "count begins, " + f"holder kill, {pause}, holder ends kill, 3, " * 5 +
        "holder alone has it, vip unmoved, vip no gap") for pause in (0.1, 1.0)),
+    # a leader is elected anew; or none is, and the wire decides from then on
+    ("a stop while ZooKeeper is away for a moment hands over without a gap", 5, {"vips": VIPS},
+     "zookeeper commits nothing, phase 0.2, holder sigterm, 2.5, zookeeper commits again, 3, holder has stopped,"
+     " holder lost it, vip no gap, vip single"),
+    ("a stop right after ZooKeeper was lost hands over without a gap", 5, {"vips": VIPS},
+     "zookeeper dies, phase 0.2, holder sigterm, holder has stopped within 8, 1, holder lost it, vip no gap,"
+     " vip single"),
     *(("a stop on one of three hands over without a gap", 3, {"vips": VIPS, "zookeeper": zookeeper},
        f"holder sigterm, 5, {'holder has stopped, holder lost it, ' * zookeeper}holder starts, 4,"
        " vip settles, vip no gap")

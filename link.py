@@ -1621,7 +1621,7 @@ class Network:
         addresses = {ip: ours for at, ip, ours, _ in bound if at == index}
         foreign = [ip for ip, ours in addresses.items() if not ours and (ip.version == 4 or ip.is_link_local)]
         own: dict[int, str] = {ip.version: str(ip.ip) for ip in reversed(foreign)}  # the first counts
-        if self._ignores_arp() == "0":  # the kernel answers here for the addresses of all its interfaces
+        if self._ignores_arp() not in ("1", "2", "8"):  # the kernel answers for the addresses of all its interfaces
             others = [ip for at, ip, ours, _ in bound if at != index and not ours]
             for ip in [ip for ip in others if ip.version == 4 and not ip.is_loopback]:
                 addresses.setdefault(ip, False)

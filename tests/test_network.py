@@ -173,12 +173,16 @@ def test_ipv6_that_is_off_is_named_and_concerns_ipv6_only(one):
     assert "MTU" in one.sync()[0].trouble6
 
 
-@pytest.mark.parametrize("ignore", [0, 1])
+@pytest.mark.parametrize("ignore", [0, 1, 2, 3, 4, 8])
 def test_an_address_of_another_interface_is_this_hosts_own_where_the_kernel_answers_for_it(lan, ignore):
     one = lan[0]
     ip(A, "link set lo up", "addr add 10.0.0.77/32 dev lo")
     set_sysctls(A, {"ipv4.conf.all.arp_ignore": ignore})
-    assert (ipaddress.ip_interface("10.0.0.77/32") in one.sync()[1]) is not bool(ignore)
+    own = ipaddress.ip_interface("10.0.0.77/32") in one.sync()[1]
+    with socket_in(B, socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.sendto(b"", ("10.0.0.77", 9))
+    time.sleep(0.3)
+    assert ("lladdr" in ip(B, "neigh show 10.0.0.77")) == own == (ignore not in (1, 2, 8))
     one.network.add(VIP4)  # what is bound here counts as ours, wherever else it is
     ip(A, f"addr add {VIP4} dev lo")
     assert one.sync()[1][VIP4] is True

@@ -1009,7 +1009,7 @@ class NoReferee:
     """Where no ZooKeeper is configured: of a lock nothing is known, ever."""
 
     state, session, timeout, refused, due = "none", None, 0.0, "", math.inf
-    rest = 3.5  # probe intervals between two questions while all is answered: every standby asks the holder
+    rest, causes = 3.5, ""  # probe intervals between two questions while all is answered: every standby asks the holder
     records: Mapping[str, Record] = MappingProxyType({})
     start = stop = want = tick = ask = distrust = publish = staticmethod(lambda *_: None)
     view = staticmethod(lambda *_: LockView())
@@ -1077,6 +1077,20 @@ class _Hosts(_Place):
             self.dead = owner
         return owner not in (own, self.dead or own)
 
+    def next(self, name: str, own: int, ask: Callable[..., None]) -> None:
+        """What to ask for our record; once: the answers for other hosts' records lead here, too, one by one."""
+        path, data = f"{self.path}/{name}", json.dumps(self.mine._asdict()).encode()
+        owner, self.owner = self.owner, None
+        if owner == -1:
+            ask(self, "create", path, data, ephemeral=True)
+        elif owner == self.dead != 0:  # 0 has a node that lasts: nobody's session
+            ask(self, "delete", path)
+        elif owner == own and self.records[name] != Record.parse(data):
+            self.asked.pop(name, None)
+            ask(self, "set", path, data)
+        else:
+            self.owner = owner
+
 
 # kazoo's Lock names its nodes <random UUID, 32 hex digits>__lock__<sequence>. Ours begin with the session; then comes a
 # 0, where such a UUID has 8, 9, a or b (RFC 9562, 4.1): so a stranger's is known by its name.
@@ -1131,9 +1145,15 @@ class Referee:
         return "lost" if self.age(self._now()) > self.timeout else "connected" if self._connected else "connecting"
 
     @property
+    def causes(self) -> str:
+        """Why it has been out of reach since the last connect, in kazoo's words."""
+        return self._wrong.get("lost", "")
+
+    @property
     def refused(self) -> str:
         """What ZooKeeper refuses, in words."""
-        said = [*filter(None, [*self._wrong.values(), *{place.why: 0 for place in self._places.values()}])]
+        wrong = {**self._wrong, "lost": ""}.values()
+        said = [*filter(None, [*wrong, *{place.why: 0 for place in self._places.values()}])]
         return "; ".join(said[:3]) + f"; and {len(said) - 3} more" * (len(said) > 3)
 
     def age(self, now: float) -> float:
@@ -1143,7 +1163,7 @@ class Referee:
     def start(self, session: tuple[int, bytes] | None, record: Record) -> None:
         """Connect, re-attaching to an earlier process's session if given; tries for ever, at most 0.5 s apart."""
         self._hosts.mine = record
-        client = self._client = _kazoo_client(self._config, session)
+        client = self._client = _kazoo_client(self._config, session, functools.partial(self._post, self._said))
         _tell_granted(client, functools.partial(self._post, self._granted))
 
         def listener(state: str) -> None:
@@ -1210,6 +1230,12 @@ class Referee:
         short, strict = f"ZooKeeper grants {timeout:.1f} s; at-most-one needs 2 s", self._config.at_most_one
         self._refuse("timeout", f"{short}: raise maxSessionTimeout" * (strict and timeout < 2))
 
+    def _said(self, what: str) -> None:
+        """A warning of kazoo's. Of servers that are all tried again and again each cause is told once."""
+        if not self._connected and ": " in what and what not in self.causes and len(self.causes) < 500:
+            self._wrong["lost"] = "; ".join(filter(None, [self.causes, what]))
+            log.warning("ZooKeeper: %s", what)
+
     def _on_state(self, session: tuple[int, bytes] | None, expired: bool) -> None:
         mute = self._connected and self._hosts.listed == -math.inf  # nothing was answered since the last connect
         known = logging.DEBUG if self._wrong.get("session") else logging.INFO
@@ -1225,7 +1251,7 @@ class Referee:
                 place.listed = -math.inf  # while we were away somebody may have taken a lock of ours
         if session:
             log.log(known, "ZooKeeper: connected, session 0x%016x%s", self._own, " again" if again else "")
-            self._hosts.owners[self._own] = self._config.hostname
+            self._hosts.owners[self._own], self._wrong["lost"] = self._config.hostname, ""
             self.ask()
             for place in tuple(self._places.values()):
                 self._next(place)  # not by an earlier tick(), which would make one client after the other
@@ -1265,7 +1291,7 @@ class Referee:
         if not call or name in _NO_ANSWER:  # or of an earlier connection
             return
         refused = name not in ("", *_ORDINARY)
-        if not refused and call not in ("get", "get_children"):
+        if not refused and call not in ("get", "exists", "get_children"):
             self._confirmed = max(self._confirmed, sent)  # the leader has spoken
         if place:
             place.busy = False
@@ -1338,7 +1364,7 @@ class Referee:
             place.stale = False  # not when it is answered: kazoo may tell of a watch before of the listing that set it
             self._ask(place, "get_children", path, then=self._listed, watch=place.watch)
         elif isinstance(place, _Hosts):
-            self._next_record(place)
+            place.next(self._config.hostname, self._own, self._ask)
         elif not place.heeded and place.want is not Want.GONE:
             pass  # who decides is told of the listing, and answers by want()
         elif out:
@@ -1377,20 +1403,6 @@ class Referee:
                 self._news(place.address)
             self._next(place)
 
-    def _next_record(self, hosts: _Hosts) -> None:
-        """Once: the answers for other hosts' records lead here, too, one by one."""
-        name, data = self._config.hostname, json.dumps(hosts.mine._asdict()).encode()
-        owner, hosts.owner = hosts.owner, None
-        if owner == -1:
-            self._ask(hosts, "create", f"{hosts.path}/{name}", data, ephemeral=True)
-        elif owner == hosts.dead != 0:  # 0 has a node that lasts: nobody's session
-            self._ask(hosts, "delete", f"{hosts.path}/{name}")
-        elif owner == self._own and hosts.records[name] != Record.parse(data):
-            hosts.asked.pop(name, None)
-            self._ask(hosts, "set", f"{hosts.path}/{name}", data)
-        else:
-            hosts.owner = owner
-
     def _listed(self, place: _Place, answer: Any, sent: float) -> None:
         if place.stale and place.listed == -math.inf:
             return  # doubted since it was asked for
@@ -1402,6 +1414,9 @@ class Referee:
         if place.want not in (Want.IN, Want.FIRST) or self._own in [c.session for c in queue]:
             place.refused, place.why = math.inf, ""  # else it is not known that we may join it
         if place is not self._hosts:
+            if known and queue and queue[0].host == "?":  # the first listing may come before the hosts' records
+                node = f"{place.path}/{queue[0].node}"
+                self._ask(None, "exists", node, then=functools.partial(_end_copy, self._ask, node))
             if not (known and place.heeded and queue == place.queue):  # else it is what was decided on
                 place.queue, place.heeded = queue, False
                 self._news(place.address)
@@ -1458,12 +1473,19 @@ def _delete(client: Any, ours: Iterable[str], others: Iterable[str]) -> Any:
     return transaction.commit_async()
 
 
+def _end_copy(ask: Callable[..., None], node: str, _: Any, answer: Any, __: float) -> None:
+    """In a copy of an ensemble's data nothing is ephemeral: such a lock would never end."""
+    if getattr(answer, "ephemeralOwner", None) == 0:
+        log.warning("ZooKeeper: %s is no living host's, but of a copy: it is removed", node)
+        ask(None, "delete", node)
+
+
 def _queue(nodes: Iterable[str], owners: Mapping[int, str]) -> tuple[Contender, ...]:
     """Whose nodes they are, in their order."""
     queue = []
     for found in sorted(filter(None, map(NODE.match, nodes)), key=lambda found: found[3]):
         session = int(found[1] or "0", 16)
-        ours = session in owners or found[2] == "0"
+        ours = found[2] == "0" or session in owners.keys() - {0}  # 0: a record that is a node which lasts
         queue.append(Contender(found[0], session * ours, owners.get(session, "?") if ours else "another program"))
     return tuple(queue)
 
@@ -1473,8 +1495,8 @@ def _number(session: int) -> int:
     return session & (1 << 64) - 1
 
 
-def _kazoo_client(config: Config, session: tuple[int, bytes] | None) -> Any:
-    """A client that tries the next server soon and never stops trying (kazoo's own limits: T per server, one hour)."""
+def _kazoo_client(config: Config, session: tuple[int, bytes] | None, said: Callable[[str], object]) -> Any:
+    """A client that tries the next server soon, for ever (kazoo: T per server, one hour); its warnings go to `said`."""
     from kazoo.client import KazooClient
     from kazoo.handlers.threading import SequentialThreadingHandler
     from kazoo.retry import KazooRetry
@@ -1491,15 +1513,16 @@ def _kazoo_client(config: Config, session: tuple[int, bytes] | None) -> Any:
         def select(self, *args: Any) -> Any:
             return super().select(*args[:3], min(args[3], patience))
 
-    more: dict[str, Any] = {}
+    retry = KazooRetry(max_tries=-1, delay=0.1, max_delay=0.5, max_jitter=0.3)
+    logger = logging.Logger("kazoo", logging.WARNING)
+    logger.addFilter(lambda record: said(record.getMessage()) is not None)
+    more: dict[str, Any] = {"handler": Handler(), "connection_retry": retry, "logger": logger}
     if auth := config.zookeeper_auth:
         user, _, password = auth.partition(":")
         more.update(auth_data=[("digest", auth)], default_acl=[make_digest_acl(user, password, all=True)])
-    if config.zookeeper_tls_ca:
-        more.update(use_ssl=True, ca=config.zookeeper_tls_ca, check_hostname=True)
-        more.update(certfile=config.zookeeper_tls_cert or None, keyfile=config.zookeeper_tls_key or None)
-    retry = KazooRetry(max_tries=-1, delay=0.1, max_delay=0.5, max_jitter=0.3)
-    more.update(handler=Handler(), connection_retry=retry, logger=logging.getLogger("kazoo"))
+    if ca := config.zookeeper_tls_ca:
+        cert, key = config.zookeeper_tls_cert or None, config.zookeeper_tls_key or None
+        more.update(use_ssl=True, ca=ca, check_hostname=True, certfile=cert, keyfile=key)
     return KazooClient(config.ensemble[0], config.session_timeout, session, **more)
 
 
@@ -3220,7 +3243,8 @@ def troubles(agent: Agent) -> list[str]:
     """What is wrong with this host, in words that name the remedy."""
     link, referee, vips = agent.kernel.link, agent.referee, agent.vips.values()
     of_family = {4: link.trouble4, 6: link.trouble6}
-    wrong = [link.trouble or agent.kernel.error, "ZooKeeper is lost" * (referee.state == "lost"), referee.refused]
+    lost = ": ".join(filter(None, ["ZooKeeper is lost", referee.causes])) * (referee.state == "lost")
+    wrong = [link.trouble or agent.kernel.error, lost, referee.refused]
     wrong += sorted({of_family[vip.vip.ip.version] for vip in vips})
     wrong += [agent.hears_nobody] if any(agent.hears_nobody in vip.reason for vip in vips) else []
     twins = [host for host, record in agent.peers.items() if record.mac == link.mac.hex(":") != ""]
@@ -3878,9 +3902,7 @@ def serve_api(agent: Api, clients: dict[Any, float]) -> None:
 ################################################################################
 
 
-def option(
-    default: Any, text: str, *, low: float = 0, high: float = 1e6, choices: Sequence[str] = (), flag: bool = True
-) -> Any:
+def option(default: Any, text: str, *, low: float = 0, high: float = 1e6, choices: Any = (), flag: bool = True) -> Any:
     """A row: default, help, range of a number, words allowed, whether it has a flag."""
     meta = {"help": text, "default": default, "low": low, "high": high, "choices": choices, "flag": flag}
     return field(default_factory=lambda: default, metadata=meta)

@@ -108,7 +108,7 @@ class FakeNetwork:
 class FakeReferee:
     """link.Referee in memory, seen from node1, whose session is 1."""
 
-    due, refused, timeout, rest = math.inf, "", 4.0, link.Referee.rest
+    due, refused, causes, timeout, rest = math.inf, "", "", 4.0, link.Referee.rest
 
     def __init__(self, agent: link.Agent, *hosts: str) -> None:
         """These hosts are in the queue for VIP already."""

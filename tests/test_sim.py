@@ -581,6 +581,9 @@ class SimZooKeeper:
             raise kazoo.NoNodeError
         return self.nodes[path][0], SimpleNamespace(ephemeralOwner=self.nodes[path][1])
 
+    def exists(self, path: str) -> Any:
+        return self.get(path)[1] if path in self.nodes else None
+
     def sync(self, path: str) -> str:
         return path
 
@@ -717,7 +720,7 @@ class SimKazoo:
 
         def serve(line: Line) -> bool:
             """Whether it is over with this one: not while it waits for a commit."""
-            reads = call in ("get", "get_children")  # and where there is nothing to create:
+            reads = call in ("get", "exists", "get_children")  # and where there is nothing to create:
             reads = reads or (call == "ensure_path" and args[0] in self._server.nodes)
             alone = self._host.name in self._server.leaderless
             if (self._server.stalled or alone) and not reads:
@@ -852,7 +855,7 @@ class World(link.Clock):
         put = self._patches.enter_context
         self.folder = Path(put(tempfile.TemporaryDirectory(dir=MEMORY if os.access(MEMORY, os.W_OK) else None)))
         frames = lambda mac, own: FRAMES(mac, own.get(6))  # noqa: E731
-        client = lambda config, session: SimKazoo(self.active, session)  # noqa: E731
+        client = lambda config, session, said: SimKazoo(self.active, session)  # noqa: E731
         boot = lambda: f"{self.active.name}-{self.active.boot}"  # noqa: E731
         thread = lambda target, **_: SimpleNamespace(start=target, join=lambda wait: None)  # noqa: E731
         put(mock.patch.multiple(link, Frames=frames, _kazoo_client=client, random=self.rng, boot_id=boot))
@@ -1898,6 +1901,25 @@ def test_a_lock_node_of_somebody_unknown_has_its_place_in_the_queue_unread(w, na
     w.hosts[1].ask("take_lock")
     w.run(1)
     assert bool(w.count("foreign lock")) == (owner != "?")
+
+
+@story([1], rest=None)
+def test_a_lock_node_that_no_session_ends_as_in_a_copy_of_the_data_keeps_nobody_out(w):
+    node = f"/link/ips/{w.address}/0123456789abcdef0123456789abcdef__lock__0000000000"
+    w.server.ensure_path(node.rpartition("/")[0])
+    w.server.put(node, b"node1", 0)
+    w.begin(*w.hosts, rest=5)
+    assert node not in w.server.nodes and len(w.binders()) == 1
+
+
+@story([1])
+def test_another_programs_lock_is_that_also_where_a_hosts_record_is_a_node_that_lasts(w):
+    name = w.hosts[0].name
+    w.server.put("/link/hosts/copy", w.server.get(f"/link/hosts/{name}")[0], 0)
+    w.run(1)
+    w.server.put("/link/ips/192.0.2.101/_c_0123-lock__lock__0000000000", b"data", 0x999)
+    w.run(3)
+    assert {link.show(h.managed(), w.time)["holder"] for h in w.hosts} == {"another program"}
 
 
 @story([1])

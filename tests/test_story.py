@@ -235,7 +235,7 @@ def test_a_flap_a_conflict_and_a_lost_zookeeper_are_told_everywhere_with_the_sam
     c.zk.stop()
     wait_until(lambda: holder.api("GET", "/health")[0] == 503, 15, "ZooKeeper is known to be lost")
     assert metrics(holder)["link_zookeeper_state", "lost"] == 1
-    assert noted(c, holder, "", event="trouble")["reason"] == "ZooKeeper is lost"
+    assert noted(c, holder, "", event="trouble")["reason"].startswith("ZooKeeper is lost: Connection")
     with shown(browser, holder, vip):
         wait_until(lambda: "ZooKeeper is lost" in health(), 15, "a lost ZooKeeper")
     code, table = status(holder)

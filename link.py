@@ -3828,7 +3828,8 @@ class Server(socketserver.ThreadingTCPServer):  # HTTPServer's look-up of its ow
         self.agent, self.routes, self.clients = agent, routes(agent), {} if clients is None else clients
         self._free, self.tls = threading.BoundedSemaphore(MAX_REQUESTS), tls_context(agent.config)
         self.address_family = socket.AF_INET6 if ":" in agent.config.listen_address[0] else socket.AF_INET
-        super().__init__(agent.config.listen_address, Handler)
+        address: Any = socket.getaddrinfo(*agent.config.listen_address, self.address_family)[0][4]  # with its scope
+        super().__init__(address, Handler)
 
     def server_bind(self) -> None:
         """Also to an address that is not there yet."""

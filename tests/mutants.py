@@ -38,7 +38,10 @@ MUTANTS = {  # name -> a line's part, and what stands there instead
     "forgets the watch after a reconnect": ("place.heeded = False, True,", "place.heeded = False, place.stale,"),
     "announces nothing after binding": ("at.announce = 0, now  #", "at.announce = 0, now + REFRESH  #"),
     "ignores a rival's claim": ("beaten = rivalled and f.staying >= patience(f)", "beaten = False"),
-    "renews the lease from a follower's word": ('not refused and call not in ("get", "exists", "get_children")', "not refused"),
+    "renews the lease from a follower's word": (
+        'not refused and call not in ("get", "exists", "get_children")',
+        "not refused",
+    ),
     "loses an order at a reload": ("or math.inf in [*self._clients.values()]) and now < deadline", ") and False"),
     "a timer never cancelled": ("ear.look, self._moved[ear] = Look.NONE, None", "ear.look = ear.look"),
     "takes what somebody answers for": ("orphan and (silent or f.blind)", "orphan"),

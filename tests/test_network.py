@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -538,3 +539,11 @@ def test_a_tagged_interface_hears_its_own_vlan(lan):
     other.send([FRAMES.ask(VIP4.ip)])
     time.sleep(0.1)
     assert ("10.0.0.100", "ASK") in about(one.receive()[0])
+
+
+def test_the_api_can_listen_on_a_link_local_address_of_an_interface(lan):
+    ip(A, "addr add fe80::1/64 dev eth0 nodad")
+    given = {"interface": "eth0", "listen": "[fe80::1%eth0]:0", "user": "link", "password": "link"}
+    agent = mock.MagicMock(config=link.make_config(given, {}, {}))
+    with in_namespace(A, lambda: link.Server(agent)) as server:
+        assert server.server_address[3] == in_namespace(A, lambda: socket.if_nametoindex("eth0"))

@@ -4237,9 +4237,10 @@ def check(config: Config) -> None:
     program = Path(config.on_change)
     if config.on_change.startswith("/") and not (program.is_file() and os.access(program, os.X_OK)):
         warnings.append("on_change: there is no such program, or it may not be executed")
-    for warning in warnings:
-        print(f"link.py: warning: {warning}", file=sys.stderr)
-    print("configuration OK")
+    with contextlib.suppress(OSError):  # a reload is not to fail where the log's disk is full
+        for warning in warnings:
+            print(f"link.py: warning: {warning}", file=sys.stderr)
+        print("configuration OK")
 
 
 def lock(config: Config, but: Config | None = None) -> list[int | None]:
@@ -4455,5 +4456,6 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    sys.stdout.flush()
+    with contextlib.suppress(OSError, AttributeError):  # its disk is full, or it is closed
+        sys.stdout.flush()
     os._exit(code)  # taking the libraries apart would last longer than handing over an IP

@@ -339,6 +339,7 @@ class Facts(NamedTuple):
     lower: bool = False  # our MAC is the lower one
     unanswered: int = 0  # probes in a row
     needed: int = 3  # so many are silence; 0: the wire is not asked
+    nameless: bool = False  # we ask from `::`: whoever answers tells everybody, as if he announced it
     blind: bool = False  # it cannot be asked: no ARP, or the lock is another program's, which will not answer
     deaf: float = 0.0  # for which no witness but the accused has answered; 0: one does, or there is none
     empty: float = 0.0  # for which the queue has been empty while another host has the IP
@@ -365,8 +366,8 @@ class Facts(NamedTuple):
     @property
     def mute(self) -> bool:
         """Whether the holder has never answered us, asked for this IP by itself: so it will not its clients, either."""
-        never = not (self.met or self.deaf) and max(self.alone, self.staying) > LONG  # though it may announce it
-        return never and self.next and self.lock is Lock.OTHER
+        never = not (self.met or self.nameless or self.deaf) and max(self.alone, self.staying) > LONG
+        return never and self.next and self.lock is Lock.OTHER and self.needed > 0  # though it may announce it
 
     @property
     def fit(self) -> bool:
@@ -2180,7 +2181,6 @@ class Vip:
         foreign = bound and lock.lock is Lock.OTHER and not holder.session  # another program: nobody will answer
         judged = known and not bound and lock.lock in (Lock.OTHER, Lock.WAITING)
         accused = (a.peers[holder.host].addresses if lock.place == 1 and wire.met else ()) if judged else None
-        before = sum(record.mac < link.mac.hex(":") for record in a.peers.values() if record.mac)
         return Facts(
             lock=lock.lock,
             next=known and lock.place == 1 and now >= at.quiet and not strict(a, holder.host),
@@ -2194,6 +2194,7 @@ class Vip:
             lower=link.mac < wire.mac,
             unanswered=wire.unanswered,
             needed=a.config.probe_count,
+            nameless=self.vip.ip.version == 6 and 6 not in a.kernel.own,
             blind=not link.arp or foreign,
             deaf=min(a.wire.deaf(now, accused), wire.alone),  # who has it now has had no time yet to answer
             empty=now - at.empty if at.empty is not None else 0.0,
@@ -2204,7 +2205,7 @@ class Vip:
             taken=unknown and at.leaving is not None and wire.mac in self.gave,
             healthy=not self.trouble(now),
             unsure=self.checks.unsure,
-            rank=before if self.checks.judged else math.inf,
+            rank=sum(r.mac < link.mac.hex(":") for r in a.peers.values() if r.mac) if self.checks.judged else math.inf,
             intent=self.intent,
         )
 
@@ -2393,8 +2394,7 @@ class Vip:
 
     def lets_go(self, mac: bytes, now: float) -> bool:
         """Whether this host has just given it to us: it answers until it hears that we have it, and is no rival."""
-        giver, at = self.at.given
-        return self.bound and mac == giver and now - at <= TICK and mac not in self.gave
+        return self.bound and mac == self.at.given[0] and now - self.at.given[1] <= TICK and mac not in self.gave
 
     def _note_conflict(self, f: Facts, now: float) -> None:
         """Another host has it for so long that we might yield; but who let go for us is heard for a moment.

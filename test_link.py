@@ -216,6 +216,7 @@ SPANS: dict[str, Callable[[Facts], Iterable[Any]]] = {
     "unanswered needed blind": lambda f: [
         (0, 3, False), (0, 0, False), *[(3, 3, False)] * (f.heard > 0.1),
         *[(0, 3, True), (3, 3, True)] * (f.heard > MOMENT or (f.bound is not None and f.lock is Lock.OTHER))],
+    "nameless": lambda f: [False],  # for the words alone
     "deaf": lambda f: (0, 2, 11) if f.bound is not None else (0, 0.5, 2, 11),
     "empty": lambda f: (0.5, 3) if f.lock is Lock.NOBODY and f.bound is None and f.heard < INF else [0],
     "trusted": lambda f: (False, True) if f.bound is not None else [True],

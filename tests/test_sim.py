@@ -421,7 +421,8 @@ class SimWire:
         if not to.on_wire or to.deaf or to.side != sender.side or (sender.name, to.name) in self.broken:
             return
         if heard.kind is Kind.ASK and sender.on_wire and not to.dumb and to.answers(heard.address):
-            self._pass(to, sender, link.Heard(heard.address, to.mac, Kind.CLAIM, False))
+            unnamed = ":" in heard.address and 6 not in sender.own  # RFC 4861, 7.2.4: who asks from :: is told by all
+            self._pass(to, sender, link.Heard(heard.address, to.mac, Kind.CLAIM, unnamed))
         to.hear(heard)
 
 
@@ -1329,6 +1330,7 @@ DOES: dict[str, Callable[[World, Any], Any]] = {  # besides all faults, their en
     "has a server without a leader": lambda w, h: w.server.part(h, False),  # that answers reads and pings
     "has another MAC": lambda w, h: (setattr(h, "mac", b"\x02\0\0\0\1\1"), h.netlink("has another MAC")),
     "is down": lambda w, h: vars(h.managed().checks._probes[0]).update(ok=False, reason="down"),
+    "loses its link-local address": lambda w, h: (h.own.pop(6), h.netlink("loses its link-local address")),
     "begins": lambda w, _: w.begin_count(), "on an island": lambda w, h: setattr(h, "side", w.hosts.index(h) + 1),
     **{f"unheard by {role}": lambda w, h, role=role: w.wire.broken.add((h.name, w.roles[role].name)) for role in ROLES},
 }  # fmt: skip
@@ -1506,6 +1508,10 @@ SCENES: list[tuple[str, int | list[int], dict[str, Any], str]] = [  # name, seed
     ("a standby says that the holder has never answered it, and leaves it the VIP", 3, {},
      "first kill, holder mute, first ends kill, 45, first finds its holder mute, vip stays, holder ends mute, 45,"
      " first stands by, first has heard it"),
+    ("of a holder that is never asked nobody says that it does not answer", 3, {"probe_count": 0},
+     "45, first has heard it"),
+    ("nor of one whose answers go to everybody, as they do to who has no link-local address", 3, {"vips": VIPS[1:2]},
+     "first loses its link-local address, 1, first restarts, 60, first has heard it"),
     ("a stop does not wait for the next turn of a check that failed once", 6, {"checks": True, "interval": 30},
      f"{DOUBT}, holder sigterm, holder has stopped within 2, 60, vip single, vip no gap"),
     ("a host that hangs in its check gives a stopping one leave to go", 3, {"checks": True, "interval": 30,

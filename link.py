@@ -292,7 +292,7 @@ TRANSITIONS: Mapping[tuple[State, Event], State] = {
 TICK = 1.0  # seconds: what moves is decided again this often, who was heard then counts as there, a hand-over at most
 LONG = 10.0  # seconds: a stop's limit, and when a host that hears nobody at all, nor ZooKeeper, counts as alone
 LINGER = 0.05  # seconds an address stays when its successor is heard: requests are still on their way
-MUTE = ", and does not answer for the IP: see what filters its ARP or neighbour discovery"
+MUTE = ", and does not answer for the IP: see what filters ARP or neighbour discovery there, or here"
 PATIENCE = (0.65, 0.4, 0.2)  # seconds a rival must stay before we yield: ours is the lower MAC; ZooKeeper is late; else
 
 
@@ -803,7 +803,7 @@ class Wire:
         if heard.kind is not Kind.CLAIM:
             self._others[Kind.ASK, heard.mac] = now
             return False
-        if now - ear.heard > TICK * (1.5 if heard.mac == ear.mac else 1):  # not who let go for us
+        if now - ear.heard > TICK * (1 if ear.look is Look.NONE and ear.mac != heard.mac else 1.5):
             ear.since = now
         met = ear.met or not heard.broadcast
         if ear.asked and ear.stream and ear.stream.peer:
@@ -817,7 +817,7 @@ class Wire:
     def give_way(self, address: str, mac: bytes) -> None:
         """This host asks everybody: where our last question is out, too, two claims would meet. The lower MAC goes."""
         if mac < self._mac and self._about_to_claim(ear := self._ears[address]):
-            ear.unanswered, ear.asked = 0, False
+            ear.unanswered, ear.asked, self._moved[ear] = 0, False, None
 
     def _about_to_claim(self, ear: _Ear) -> bool:
         """Whether the last question before the verdict is out, of who does not have the IP."""
@@ -1196,7 +1196,7 @@ class Referee:
             self.due = now + TICK
         elif now - self._oldest() > part:
             log.warning("ZooKeeper's server does not answer: trying another one")
-            self._connected = False  # by ourselves, so it is no session that was ended
+            self._hosts.listed = now  # it is we who end this connection
             self._out.clear()
             with contextlib.suppress(OSError, AttributeError):
                 self._client._connection._socket.shutdown(socket.SHUT_RDWR)
@@ -2133,7 +2133,7 @@ class Vip:
         self.at, self.orders = _Moments(), list[Order]()
         self.seen = LockView()  # as of the last time
         self.took = (0, "")  # the session that we declared dead, and its node
-        self.step = 0  # in ANNOUNCE_AT
+        self.step = -1 if adopted else 0  # in ANNOUNCE_AT; -1: another process did
         self.failed = (0, "")  # tries to bind, and why
         self.gave = dict[bytes, float]()  # whom we told to take it, and when last
 
@@ -2347,7 +2347,9 @@ class Vip:
         if not (decision.announce and self.bound):
             at.announce = math.inf
         elif at.announce == math.inf:
-            self.step, at.announce = 0, now  # also what was found bound: who knows what happened meanwhile
+            # what was found bound, too: who knows what happened meanwhile; but no switch is to count 15 ARP a second
+            at.announce = now + random.random() * min(REFRESH, len(self.agent.vips) / 3) * (self.step < 0)
+            self.step = len(ANNOUNCE_AT) - 2 if self.step < 0 else 0
         if now < at.announce:
             return
         if self.vip.ip.version == 6 and now < at.bound + 2 * LINGER and not self.agent.network.ready(self.vip.bound):
@@ -2952,7 +2954,7 @@ class Agent:
             loop.tick_at = now + TICK
             if self.referee.refused or self.wire.deaf(now, ()):
                 self.news(*self.vips)
-            if not self.peers.keys() <= self.referee.records.keys():  # a queue may have lost it since
+            if self.referee.records and not self.peers.keys() <= self.referee.records.keys():  # gone by now?
                 self._find_peers()
             self.network.hear_only({*self.vips, *self.wire.known()})
             self.wire.meet(now)

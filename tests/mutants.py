@@ -36,7 +36,7 @@ MUTANTS = {  # name -> a line's part, and what stands there instead
     "unbinds before the successor is heard": ("relieved = named and f.other and", "relieved = named and"),
     "trusts a stale election": ("sure = known and min(self._confirmed, place.listed) >= since", "sure = True"),
     "forgets the watch after a reconnect": ("place.heeded = False, True,", "place.heeded = False, place.stale,"),
-    "announces nothing after binding": ("at.announce = 0, now  #", "at.announce = 0, now + REFRESH  #"),
+    "announces nothing after binding": ("/ 3) * (self.step < 0)", "/ 3) + REFRESH"),
     "ignores a rival's claim": ("beaten = rivalled and f.staying >= patience(f)", "beaten = False"),
     "renews the lease from a follower's word": (
         'not refused and call not in ("get", "exists", "get_children")',

@@ -223,7 +223,7 @@ class Host(FakeNetwork):
         self.upgrade = SimUpgrade(self, self.agent)
         self.agent.start()
         self.wake()
-        world.note(self.name, "starts")
+        world.note(self.name, "starts" + " on an island" * bool(self.side))
 
     def wake(self, when: float = 0.0) -> None:
         """The loop goes round at that time, or now: a little later, as timers and schedulers are."""
@@ -1095,7 +1095,7 @@ class World(link.Clock):
         self.look()
         before, strict = (len(self.history), self.transitions), self.config.get("promise") == "at-most-one"
         # Who began anew on an island, or never asks the wire, joins nothing after it: its clients wait for a minute.
-        alone = strict or self.count("end of forget")
+        alone = strict or self.count("end of forget") or self.count("starts on an island")
         for _ in range(2):
             long = self.time - self.healed > 1.1 * link.REFRESH  # each has announced its IPs since, to everybody
             told_of = self.clients[: 1 if alone and not long else 2]

@@ -111,8 +111,8 @@ m, e = using(promise="at-most-one"), using(3, session_timeout=4)
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.suite], ids=lambda row: row.name)
 def test_row(world: Cluster, row: Row) -> None:
-    world.prepare(row, row.families)
     try:
+        world.prepare(row, row.families)
         measured = row.procedure(world)
         missed = [f.show(measured[f.name]) for f in row.figures if not f.held([measured[f.name]], once=True)]
         assert not missed, f"{missed}, bar: {row.bar}"

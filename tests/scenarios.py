@@ -147,7 +147,7 @@ class Cluster:
                 heard = host is not holder and (host is others[0] or not row.zookeeper or row.ips < MANY)
                 queued = len(self.among) if row.zookeeper else 0
                 ready = partial(self._all_heard, host, queued, asks and heard)
-                wait_until(ready, 40 + row.ips / 20, f"{host.name}: all in the queue, the holder heard")
+                wait_until(ready, 10 + row.ips / 20, f"{host.name}: all in the queue, the holder heard")
         pause(0.2 if self.quick else random.uniform(1.5, 2))  # any phase of anybody's timers
         self.mark()
 

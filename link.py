@@ -333,6 +333,7 @@ class Facts(NamedTuple):
     successor: bool = False  # another host waits for the IP, or has the lock
     heard: float = math.inf  # since another host was last heard to have it, in this term of the holder
     staying: float = 0.0  # for which it had been heard by then
+    pace: float = 0.0  # between two questions of everybody
     slack: float = LINGER  # for which it may be heard before it serves
     alone: float = 0.0  # since then, or since we began to look
     met: bool = False  # the holder has answered a probe of this host in this term
@@ -464,7 +465,8 @@ def patience(f: Facts) -> float:
     late = f.bound is not None and f.bound < TICK and (f.lock is Lock.UNKNOWN or f.bound - f.heard >= 2 * LINGER)
     if not f.trusted or (late and not f.lower and f.lock is not Lock.WAITING):
         return 2 * LINGER * f.lower  # if neither does
-    return PATIENCE[0] if f.lower else PATIENCE[1] if f.lock is Lock.WAITING else PATIENCE[2]
+    turn = 0 if f.lower else 1 if f.lock is Lock.WAITING else 2
+    return PATIENCE[turn] + f.pace * (3 - turn)  # of answers that come at such intervals none serves two
 
 
 def _health_event(f: Facts) -> Decision:
@@ -623,7 +625,7 @@ def read_frame(frame: bytes) -> Heard | None:
 
 
 class WireView(NamedTuple):
-    """What layer 2 knows about one IP at one instant; times in seconds, inf: never."""
+    """What layer 2 knows about one IP at one instant, in the words of Facts."""
 
     mac: bytes = b""  # who was last heard to have it
     heard: float = math.inf
@@ -631,6 +633,7 @@ class WireView(NamedTuple):
     alone: float = 0.0
     met: bool = False
     unanswered: int = 0
+    pace: float = 0.0
 
 
 @dataclass(eq=False)
@@ -703,6 +706,12 @@ class Wire:
         """When run() wants to be called again."""
         return -math.inf if self._moved else self._due
 
+    @property
+    def pace(self) -> float:
+        """Seconds between two questions of everybody about the same IP: a thousand are asked for in one."""
+        asked = self._streams.get((Look.SEARCH, b""))
+        return max(self._interval, len(asked.ears) / 1000 if asked else 0)
+
     # -- what is to be watched
 
     def use(self, mac: bytes, own: Mapping[int, str]) -> None:
@@ -762,7 +771,7 @@ class Wire:
         ear = self._ears[address]
         staying = ear.heard - ear.since if ear.mac else 0.0
         alone = now - max(ear.heard, ear.began)
-        return WireView(ear.mac, now - ear.heard, staying, alone, ear.met, ear.unanswered)
+        return WireView(ear.mac, now - ear.heard, staying, alone, ear.met, ear.unanswered, self.pace)
 
     def deaf(self, now: float, but: Collection[str] | None) -> float:
         """For how long no witness has answered, but for these (the accused's own); 0: one does, or none ever did.
@@ -878,7 +887,7 @@ class Wire:
             ear.asked = True
             self._send([frames.ask(ear.address, ear.peer if meets else b"")])
         self._ask_witnesses(now)
-        stream.next = now + max(self._interval * (1 if young else 4), len(stream.ears) / 1000)
+        stream.next = now + max(self._interval * (1 if young else 4), self.pace)
         return proven
 
     def _next_ear(self, stream: _Stream) -> _Ear:
@@ -2176,23 +2185,21 @@ class Vip:
         """Everything that decide() is told."""
         a, at, bound, unknown = self.agent, self.at, self.bound, lock.lock is Lock.UNKNOWN
         wire, link, given = a.wire.view(self.vip.address, now), a.kernel.link, now - at.given[1]
+        heard = wire._asdict()
+        mac = heard.pop("mac")
         holder = lock.queue[0] if lock.queue else Contender("", 0, "?")
         known = bool(holder.session) and holder.host in a.peers
         foreign = bound and lock.lock is Lock.OTHER and not holder.session  # another program: nobody will answer
         judged = known and not bound and lock.lock in (Lock.OTHER, Lock.WAITING)
         accused = (a.peers[holder.host].addresses if lock.place == 1 and wire.met else ()) if judged else None
         return Facts(
+            **heard,
             lock=lock.lock,
             next=known and lock.place == 1 and now >= at.quiet and not strict(a, holder.host),
             second=unknown and lock.place > 1,
             successor=bool(a.wire.askers(now)) if unknown else len(lock.queue) > (lock.place >= 0),
-            heard=wire.heard,
-            staying=wire.staying,
             slack=LINGER * (3 if self.vip.ip.version == 6 else 1),
-            alone=wire.alone,
-            met=wire.met,
-            lower=link.mac < wire.mac,
-            unanswered=wire.unanswered,
+            lower=link.mac < mac,
             needed=a.config.probe_count,
             nameless=self.vip.ip.version == 6 and 6 not in a.kernel.own,
             blind=not link.arp or foreign,
@@ -2201,8 +2208,8 @@ class Vip:
             bound=now - at.bound if bound else None,
             trusted=at.trusted > a.loop.distrusted,
             leaving=now - at.leaving if at.leaving is not None else None,
-            given=unknown and not bound and at.given[0] == wire.mac and given <= TICK and not self.checks.unsure,
-            taken=unknown and at.leaving is not None and wire.mac in self.gave,
+            given=unknown and not bound and at.given[0] == mac and given <= TICK and not self.checks.unsure,
+            taken=unknown and at.leaving is not None and mac in self.gave,
             healthy=not self.trouble(now),
             unsure=self.checks.unsure,
             rank=sum(r.mac < link.mac.hex(":") for r in a.peers.values() if r.mac) if self.checks.judged else math.inf,

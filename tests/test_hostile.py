@@ -739,6 +739,7 @@ def test_a_state_directory_that_fills_up_or_becomes_read_only_moves_nothing_and_
 ):
     (host, *_), vip = c.hosts, c.fresh()
     state = host.directory / "state"
+    read_only = ["mount", "-o", "remount,ro", str(state)]  # refused while a file is being written
     reap(host.agent)
     run("mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(state))
     try:
@@ -752,7 +753,7 @@ def test_a_state_directory_that_fills_up_or_becomes_read_only_moves_nothing_and_
                         while filler.write(bytes(1024)):
                             pass
                 else:
-                    run("mount", "-o", "remount,ro", str(state))
+                    wait_until(lambda: not subprocess.call(read_only), 10, "read-only")
                 added = [host.api("POST", "/ips", {"ip": c.fresh()})]
                 while added[-1][0] == 201:  # what fits into a page that it has already
                     kept.append(added[-1][1]["ip"].partition("/")[0])

@@ -1452,6 +1452,10 @@ SCENES: list[tuple[str, int | list[int], dict[str, Any], str]] = [  # name, seed
     # whoever is heard again first says nothing about questions that were asked while nobody could be heard
     ("a LAN that comes back moves nothing, whichever question is out", 45, {},
      "all on an island, 4, phase 0.025, world heals, 5, vip stays"),
+    # of three that answer each other once a second, so that two have heard enough at the same answer
+    ("of three islands that meet one keeps each IP, however slowly they ask", 6,
+     {"vips": 20, "zookeeper": False, "rest": 20, "probe_interval": 1.0},
+     "all on an island, 20, vip begins, world heals, 6, vip single, vip no gap"),
     ("who yields while it is cut off from ZooKeeper does not take the IP back by the lock that it had", 8, {},
      "holder cut, 1, first unlock, 0.05, first ends unlock, 1, first alone has it, 1, first alone has it, 4,"
      " holder ends cut, 6, first alone has it, vip settles"),

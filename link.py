@@ -293,6 +293,7 @@ TICK = 1.0  # seconds: what moves is decided again this often, who was heard the
 LONG = 10.0  # seconds: a stop's limit, and when a host that hears nobody at all, nor ZooKeeper, counts as alone
 LINGER = 0.05  # seconds an address stays when its successor is heard: requests are still on their way
 MUTE = ", and does not answer for the IP: see what filters ARP or neighbour discovery there, or here"
+HEALTH = {True: (Event.HEALTH_CHECK_SUCCESS, "checks pass"), False: (Event.HEALTH_CHECK_FAIL, "checks fail")}
 PATIENCE = (0.65, 0.4, 0.2)  # seconds a rival must stay before we yield: ours is the lower MAC; ZooKeeper is late; else
 
 
@@ -405,7 +406,7 @@ class Decision(NamedTuple):
 def decide(state: State, f: Facts) -> Decision:
     """The heart of LinK (`promise: at-least-one`): total over State x Facts; test_link.py checks all of its space."""
     if f.fit is (state is State.FAILING):
-        return _health_event(f)
+        return Decision(*HEALTH[f.fit])
     isolated = f.lock in (Lock.UNKNOWN, Lock.NOBODY) and f.deaf > LONG  # nobody at all is heard, nor a better word
     silent = f.proven and (f.deaf == 0 or isolated)
     doubts = f.unsure and f.bound is None and not silent  # a check has just failed: no reason to move it here
@@ -443,7 +444,7 @@ def decide(state: State, f: Facts) -> Decision:
 def at_most_one(state: State, f: Facts) -> Decision:
     """`promise: at-most-one`: let go first, and never hold without a confirmed lock; leave the queue last."""
     if f.fit is (state is State.FAILING):
-        return _health_event(f)
+        return Decision(*HEALTH[f.fit])
     mine = f.lock is Lock.MINE and f.intent is Intent.RUN and (f.bound is not None or not f.unsure)
     # The kernel ends what an earlier process bound before that one's session can end: until then it may stay.
     adopted = f.bound == math.inf and f.lock is Lock.WAITING and f.intent is Intent.RUN
@@ -467,12 +468,6 @@ def patience(f: Facts) -> float:
         return 2 * LINGER * f.lower  # if neither does
     turn = 0 if f.lower else 1 if f.lock is Lock.WAITING else 2
     return PATIENCE[turn] + f.pace * (3 - turn)  # of answers that come at such intervals none serves two
-
-
-def _health_event(f: Facts) -> Decision:
-    if f.fit:
-        return Decision(Event.HEALTH_CHECK_SUCCESS, "checks pass")
-    return Decision(Event.HEALTH_CHECK_FAIL, "checks fail")
 
 
 def _contend(f: Facts) -> bool:
@@ -1290,8 +1285,7 @@ class Referee:
         ticket = object()
         self._out[ticket] = (self._now(), call)
         ask = functools.partial(_delete, self._client) if call == "multi" else getattr(self._client, call + "_async")
-        result = ask(*args, **more)
-        result.rawlink(lambda r: self._post(self._answered, ticket, place, then, r.exception or r.value))
+        ask(*args, **more).rawlink(lambda r: self._post(self._answered, ticket, place, then, r.exception or r.value))
 
     def _answered(self, ticket: object, place: _Place | None, then: Any, answer: Any) -> None:
         if isinstance(answer, list):  # of a transaction: what was wrong with it
@@ -1348,8 +1342,7 @@ class Referee:
         if max(self.age(now), now - place.refused) > self.timeout:
             lock = Lock.UNKNOWN
         elif at == 0:
-            sure = known and min(self._confirmed, place.listed) >= since
-            lock = Lock.MINE if sure else Lock.WAITING
+            lock = Lock.MINE if known and min(self._confirmed, place.listed) >= since else Lock.WAITING
         elif not known or not self._connected or now > late:
             lock = Lock.WAITING
         return LockView(lock, place.queue, at, late if late > now else math.inf)
@@ -1743,8 +1736,7 @@ class Network:
         valid = lifetime or FOR_EVER
         preferred = valid if ip.version == 4 else 0  # never a source of this host's own traffic (RFC 6724, rule 3)
         flags = struct.pack("I", IFA_F_NOPREFIXROUTE | (IFA_F_NODAD if ip.version == 6 else 0))
-        times = struct.pack("4I", preferred, valid, 0, 0)
-        more = {IFA_FLAGS: flags, IFA_PROTO: IFA_PROTO_LINK, IFA_CACHEINFO: times}
+        more = {IFA_FLAGS: flags, IFA_PROTO: IFA_PROTO_LINK, IFA_CACHEINFO: struct.pack("4I", preferred, valid, 0, 0)}
         self._ask(RTM_NEWADDR, ip, self._index, NLM_F_REPLACE_CREATE, more)
 
     def remove(self, ip: Address) -> None:
@@ -2164,13 +2156,10 @@ class Vip:
     def trouble(self, now: float) -> str:
         """'' or why this host cannot serve the IP."""
         link = self.agent.kernel.link
-        if trouble := link.trouble or (link.trouble6 if self.vip.ip.version == 6 else link.trouble4):
-            return trouble
-        if self.vip.address in self.agent.kernel.foreign:
-            return "this host has the address for itself"
-        if self.failed[0] and now < self.at.retry:
-            return f"cannot bind: {self.failed[1]}"
-        return self.checks.trouble
+        of_family = link.trouble6 if self.vip.ip.version == 6 else link.trouble4
+        foreign = "this host has the address for itself" * (self.vip.address in self.agent.kernel.foreign)
+        failed = f"cannot bind: {self.failed[1]}" * (self.failed[0] > 0 and now < self.at.retry)
+        return link.trouble or of_family or foreign or failed or self.checks.trouble
 
     def lock(self, now: float) -> LockView:
         """What ZooKeeper says; who hears a rival, or has yielded to one, wants it confirmed anew."""
@@ -2337,10 +2326,10 @@ class Vip:
         at.bound = now if at.bound == -math.inf or not bound else at.bound  # it is no earlier process's any more
         if not bound:
             self.story.moved(a.wire.view(self.vip.address, now), a.config.probe_count)
-            again = f", after {fails} failures" if fails else ""
             self.failed, self.step, at.trusted, at.announce = (0, ""), 0, now, math.inf
             a.kernel.addresses[self.vip.key] = True
             a.wire.forget(self.vip.address)
+            again = f", after {fails} failures" * bool(fails)
             log.info("vip=%s bound on %s (%s)%s", self.vip.ip, a.config.interface, self.reason, again)
             a.save_soon()
             if not decision.announce:  # else that follows at once
@@ -2448,8 +2437,7 @@ class Vip:
                 order.future.set_exception(LinkError(504, "not done in time", self.reason, ip=show(self, now)))
             else:
                 self.orders.append(order)
-        handed = expired or (not bound and lock.lock not in (Lock.MINE, Lock.WAITING))
-        if self.intent is Intent.HAND_OVER and handed:
+        if self.intent is Intent.HAND_OVER and (expired or not (bound or lock.lock in (Lock.MINE, Lock.WAITING))):
             self.intent = Intent.RUN
             self.agent.news(self.vip.address)
 
@@ -2574,13 +2562,9 @@ class Store:
         self._disk.submit(int)  # starts its thread: later there may be none to be had, and what is given to it is kept
         return [entry for entry in self._entries.values() if isinstance(entry, VirtualIP)]
 
-    def save_ip(self, vip: VirtualIP) -> Future[None]:
-        """Add or replace; on disk when the future is done. It raises LinkError; then nothing has changed."""
-        return self._disk.submit(self._change, vip.address, vip)
-
-    def remove_ip(self, address: str) -> Future[None]:
-        """As save_ip()."""
-        return self._disk.submit(self._change, address, None)
+    def save_ip(self, address: str, vip: VirtualIP | None) -> Future[None]:
+        """Add, replace or (None) remove; on disk when it is done. It raises LinkError; then nothing has changed."""
+        return self._disk.submit(self._change, address, vip)
 
     def _change(self, address: str, vip: VirtualIP | None) -> None:
         """One line and one fdatasync(2): cheaper than a file of a thousand IPs. A line may be applied twice."""
@@ -2901,9 +2885,8 @@ class Agent:
         known = {address: VirtualIP(ipaddress.ip_interface(address)) for address in states} | vips
         stories = self.store.load_history()
         self.notices.story = stories.get("", self.notices.story)
-        with contextlib.suppress(OSError):
-            ours = {vip.bound for vip in known.values()}
-            self.network.clear(ours, lasting=self.config.at_most_one)  # an earlier process had another one, or promise?
+        with contextlib.suppress(OSError):  # an earlier process had another interface, or promise?
+            self.network.clear({vip.bound for vip in known.values()}, lasting=self.config.at_most_one)
             self.kernel.due = -math.inf
             self._sync()
         number, password = saved.get("session") or (None, "")
@@ -3079,11 +3062,10 @@ class Agent:
         if news or vip.bound or heard.kind in (Kind.GIVE, Kind.WANT):
             self.news(heard.address)
         if fresh and vip.bound and heard.kind is Kind.CLAIM and self.wire.claims_anew(heard.mac, now):
-            others = (each for each in self.vips.values() if each.bound and each is not vip)
-            unsure = [each.vip.address for each in others if each.lock(now).lock is not Lock.MINE]
-            for address in unsure:  # who has one of our addresses may have them all
-                if self.wire.view(address, now).heard > TICK:
-                    self.wire.say(Kind.ASK, address)
+            for each in self.vips.values():  # who has one of our addresses may have them all
+                unsure = each.bound and each is not vip and each.lock(now).lock is not Lock.MINE
+                if unsure and self.wire.view(each.vip.address, now).heard > TICK:
+                    self.wire.say(Kind.ASK, each.vip.address)
 
     def referee_news(self, address: str) -> None:
         """ZooKeeper has news: of one address, or ('') of the session or the hosts."""
@@ -3297,7 +3279,7 @@ class Api(Agent):
         if owner := owners.get(vip.address):
             raise Invalid("IP", f"{vip.address} is an address that {owner} has for itself")
         vip = replace(vip, id=f"vip-{uuid.uuid4()}")
-        yield self.store.save_ip(vip)
+        yield self.store.save_ip(vip.address, vip)
         if old := self.vips.get(vip.address):  # it was being removed, and may be gone by now
             old.change(vip)
         managed = old or self._manage(vip)
@@ -3320,7 +3302,7 @@ class Api(Agent):
         got = {**raw}
         got |= {"checks": got.pop("healthchecks")} if "healthchecks" in got else {}  # its older name
         vip = VirtualIP.parse({**managed.vip.to_json(), **got}, self.config.health_check_interval)
-        yield self.store.save_ip(vip)
+        yield self.store.save_ip(vip.address, vip)
         managed.change(vip)
         managed.reconcile(self.loop.now)
         return show(managed, self.loop.now)
@@ -3328,7 +3310,7 @@ class Api(Agent):
     def delete_ip(self, key: str, who: str = "API") -> Change:
         """DELETE /ips/:id: this host shares it no more. Bound until a waiting host is heard to have it, at most 1 s."""
         vip = self._of_api(key, "remove")
-        yield self.store.remove_ip(vip.vip.address)
+        yield self.store.save_ip(vip.vip.address, None)
         if self.vips.get(vip.vip.address) is not vip:
             return None  # an earlier order has done it meanwhile
         vip.intent = Intent.DELETE
@@ -3391,7 +3373,6 @@ class Api(Agent):
 
     def health(self) -> dict[str, Any]:
         """GET /health: what is wrong here. That it is answered proves that the loop goes round."""
-        counts = {state.value: sum(vip.state is state for vip in self.vips.values()) for state in State}
         referee, timeout = self.referee, self.referee.timeout or None
         met = any(self.wire.known().values()) or not self.wire.known()
         slow = "" if met else "no witness has answered: name one on this network in `witnesses`"
@@ -3409,7 +3390,7 @@ class Api(Agent):
             "state_dir": self.store.trouble or "written",
             "on_change": self.notices.trouble or ("told" if self.config.on_change else "nobody is told"),
             "on_change_waiting": self.notices.waiting,
-            "ips": counts,
+            "ips": {state.value: sum(vip.state is state for vip in self.vips.values()) for state in State},
             "history": [*self.notices.story.history],
         }
 
@@ -3705,8 +3686,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log.exception("%s '%s'", _safe(self.command), _safe(self.path))
             status, body = 500, {"error": "internal error", "detail": "see the agent's log"}
         if self.command not in ("GET", "HEAD"):  # why an IP moved may be that somebody asked for it
-            who = self.client_address[0]
-            log.info("API: %s '%s' from %s: %d", _safe(self.command), _safe(self.path), who, status)
+            log.info("API: %s '%s' from %s: %d", _safe(self.command), _safe(self.path), self.client_address[0], status)
         self._reply(status, body)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = _serve
@@ -3742,8 +3722,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise LinkError(403, "unknown host", f"the header Host must be an address or one of: {known}")
         scheme = "https" if self.server.tls else "http"
         if self.headers.get("Origin", own := f"{scheme}://{self.headers.get('Host')}") != own:
-            why = "leave out Origin: in a browser only this agent's own page may ask"
-            raise LinkError(403, "no foreign pages", why)
+            raise LinkError(403, "no foreign pages", "leave out Origin: in a browser only this agent's page may ask")
         wanted = credentials(config.user, config.password)
         scheme, _, given = self.headers.get("Authorization", "").partition(" ")
         right = scheme.lower() == "basic" and hmac.compare_digest(given.strip().encode(), wanted.encode())
@@ -4128,9 +4107,8 @@ def make_config(
     file: Mapping[str, Any], environ: Mapping[str, str], flags: Mapping[str, Any], api: bool = True
 ) -> Config:
     """Defaults < file < LINK_* environment < flags, validated; `api`: its certificate, too. Raises ConfigError."""
-    from_environ = {key: environ[name] for name, key in KEYS.items() if name in environ}
     given = dict[str, Any]()
-    for source in (file, from_environ, flags):
+    for source in (file, {key: environ[name] for name, key in KEYS.items() if name in environ}, flags):
         given.update({key: value for key, value in source.items() if value is not None})
     for key in REMOVED.keys() & given.keys():
         raise ConfigError(f"{key}: is no key any more, remove it: {REMOVED[key]}")
@@ -4153,9 +4131,8 @@ RUN = Path("/run/link")  # of root or the service (RuntimeDirectory=)
 def notify(message: str) -> None:
     """sd_notify(3); does nothing where no supervisor listens."""
     if path := os.environ.get("NOTIFY_SOCKET", ""):
-        address = "\0" + path[1:] if path.startswith("@") else path
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.sendto(message.encode(), address)
+            sock.sendto(message.encode(), "\0" + path[1:] if path.startswith("@") else path)
 
 
 class LogQueue(logging.handlers.QueueHandler):
@@ -4252,13 +4229,13 @@ def check(config: Config) -> None:
         print("configuration OK")
 
 
-def lock(config: Config, but: Config | None = None) -> list[int | None]:
+def lock(config: Config, but: Config | None = None) -> list[int]:
     """State directory and interface (each network namespace has its own of that name), until this process ends.
 
-    None for what cannot be locked; raises BlockingIOError where another agent has it. flock(2) on files that nobody
+    Without what cannot be locked; raises BlockingIOError where another agent has it. flock(2) on files that nobody
     else may open, in directories of our own: any user could bind an abstract socket's name. `but`: but for its.
     """
-    locks, number = list[int | None](), os.stat("/proc/self/ns/net").st_ino
+    locks, number = list[int](), os.stat("/proc/self/ns/net").st_ino
     wanted, held = ({Path(c.state_dir, "lock"), RUN / f"{c.interface}.{number}"} if c else set() for c in (config, but))
     for path in sorted(wanted - held):
         try:
@@ -4270,7 +4247,6 @@ def lock(config: Config, but: Config | None = None) -> list[int | None]:
             raise
         except OSError as error:
             log.warning("%s cannot be locked (%s): nothing keeps a second agent away", path, error.strerror)
-            locks.append(None)
     return locks
 
 
@@ -4305,8 +4281,7 @@ class Upgrade:
             status = subprocess.run([*self._command, "--check"], timeout=3 * LONG, check=False).returncode
         try:
             for held in lock(load(self._argv)[0], but=self._agent.config) if not status else ():
-                if held is not None:
-                    os.close(held)
+                os.close(held)
         except BlockingIOError:
             status = 3
         except Exception as error:  # the new program may understand what this one does not
@@ -4454,11 +4429,9 @@ def main(argv: Sequence[str]) -> int:
         serve(config, argv, written)
     except Exception as error:
         code = 3 if held is None and isinstance(error, BlockingIOError) else 1
-        where = f"interface {config.interface} or with state_dir {config.state_dir}"
-        if code == 1:
-            log.exception("the agent has failed")
-        else:
-            log.error("another agent runs on %s: stop it, or give this one its own", where)
+        other = f"another agent runs on interface {config.interface} or with state_dir {config.state_dir}"
+        why = f"{other}: stop it, or give this one its own" if code == 3 else "the agent has failed"
+        log.error("%s", why, exc_info=code == 1)
     written()
     return code
 

@@ -34,7 +34,7 @@ MUTANTS = {  # name -> a line's part, and what stands there instead
     "skips the witness": ("silent = f.proven and (f.deaf == 0 or isolated)", "silent = f.proven"),
     "accuses without having heard": ("accuse=silent and f.met and f.next", "accuse=silent and f.next"),
     "unbinds before the successor is heard": ("relieved = named and f.other and", "relieved = named and"),
-    "trusts a stale election": ("sure = known and min(self._confirmed, place.listed) >= since", "sure = True"),
+    "trusts a stale election": ("if known and min(self._confirmed, place.listed) >= since", "if True"),
     "forgets the watch after a reconnect": ("place.heeded = False, True,", "place.heeded = False, place.stale,"),
     "announces nothing after binding": ("/ 3) * (self.step < 0)", "/ 3) + REFRESH"),
     "ignores a rival's claim": ("beaten = rivalled and f.staying >= patience(f)", "beaten = False"),

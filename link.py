@@ -1613,7 +1613,8 @@ class Network:
     """
 
     def __init__(self, interface: str) -> None:
-        self.name, self.send_error = interface, ""  # as it is called now; why a frame could not be sent, the last time
+        self.name = interface  # as it is called now
+        self.unsent: dict[int, tuple[float, float, str]] = {}  # by protocol: all is lost since, as of, why
         self._interface, self._index = interface, 0
         self._packets: dict[int, socket.socket] = {}  # by protocol
         self._wanted: frozenset[str] | None = None  # whom hear_only() named
@@ -1763,15 +1764,26 @@ class Network:
         return self._netlink.ask(kind, flags, head, {IFA_LOCAL: bare, IFA_ADDRESS: bare, **(more or {})})
 
     def send(self, frames: Iterable[bytes]) -> None:
-        """Never raises; news are logged (ENOBUFS: a full queue, or an egress filter)."""
+        """Never raises; `unsent` tells for how long all of a protocol is lost (ENOBUFS: a full queue, or a filter)."""
         for frame in frames if self._packets else ():
+            protocol = ETH_P_IPV6 if frame[12:14] == b"\x86\xdd" else ETH_P_ARP
             try:
-                self._packets[ETH_P_IPV6 if frame[12:14] == b"\x86\xdd" else ETH_P_ARP].send(frame)
+                self._packets[protocol].send(frame)
+                self.unsent.pop(protocol, None)
             except OSError as error:
-                why = f"cannot send on {self.name}: {error.strerror}"
-                if error.errno not in (errno.ENETDOWN, *GONE) and why != self.send_error:  # sync() reports those
-                    self.send_error = why
-                    log.warning(why)
+                if error.errno in (errno.ENETDOWN, *GONE):
+                    continue  # sync() reports those
+                now = time.monotonic()
+                first, last, _ = self.unsent.get(protocol, (now, now, ""))
+                self.unsent[protocol] = first, now, str(error.strerror)
+                if last - first < LONG / 2 <= now - first:
+                    log.warning("%s", self.send_error)
+
+    @property
+    def send_error(self) -> str:
+        """Why nothing of a protocol gets out, for a while by now; that a full queue loses some frames is no trouble."""
+        lost = [why for old, last, why in self.unsent.values() if old + LONG / 2 <= last > time.monotonic() - 2 * LONG]
+        return f"cannot send on {self.name} ({lost[0]}): see `tc qdisc`, and the egress filters of nft" if lost else ""
 
     def receive(self, limit: int = 512) -> tuple[list[Heard], bool]:
         """What the wire brought since the last call, at most `limit` frames of a family; whether there may be more."""
@@ -2116,6 +2128,7 @@ class _Moments:
     retry: float = -math.inf  # the next try to bind
     announce: float = math.inf  # the next time; inf: not to be announced
     rivalled: float = -math.inf  # another host had it at the same time
+    rival_since: float = -math.inf  # without a longer break
     told: float = -math.inf  # of that, in the log
 
 
@@ -2354,7 +2367,7 @@ class Vip:
         self.agent.wire.announce(self.vip.address, ask=self.step > 1)
         self.story.announced += 1
         self.step = min(self.step + 1, len(ANNOUNCE_AT))
-        at.announce = now + REFRESH * random.uniform(0.9, 1.1)
+        at.announce = now + (LONG if self.agent.network.unsent else REFRESH) * random.uniform(0.9, 1.1)
         if self.step < len(ANNOUNCE_AT):
             at.announce = now + ANNOUNCE_AT[self.step] - ANNOUNCE_AT[self.step - 1]
 
@@ -2404,7 +2417,7 @@ class Vip:
         if not rivalled or f.staying < PATIENCE[-1]:
             return
         new = heard - at.rivalled > (REFRESH + LONG if mac == self.story.rival else TICK)
-        at.rivalled = heard
+        at.rivalled, at.rival_since = heard, heard if new else at.rival_since
         if new or now - at.told >= REFRESH:
             self.story.conflicts, self.story.rival, at.told = self.story.conflicts + new, mac, now
             names = [f"{host}, another contender" for host, known in self.agent.macs.items() if known == mac.hex(":")]
@@ -3233,10 +3246,12 @@ class Agent:
 def troubles(agent: Agent) -> list[str]:
     """What is wrong with this host, in words that name the remedy."""
     link, referee, vips = agent.kernel.link, agent.referee, agent.vips.values()
-    of_family = {4: link.trouble4, 6: link.trouble6}
     lost = ": ".join(filter(None, ["ZooKeeper is lost", referee.causes])) * (referee.state == "lost")
-    wrong = [link.trouble or agent.kernel.error, lost, referee.refused]
-    wrong += sorted({of_family[vip.vip.ip.version] for vip in vips})
+    wrong = [link.trouble or agent.kernel.error, agent.network.send_error, lost, referee.refused]
+    wrong += sorted({link.trouble6 if vip.vip.ip.version == 6 else link.trouble4 for vip in vips})
+    two = [vip for vip in vips if vip.at.rivalled > max(agent.loop.now - LONG, vip.at.rival_since + TICK)]
+    also = "{} is on two hosts, here and at {}: remove it there, or give both hosts the same zookeeper"
+    wrong += [also.format(vip.vip.ip, vip.story.rival.hex(":")) for vip in two[:3]]
     wrong += [agent.hears_nobody] if any(agent.hears_nobody in vip.reason for vip in vips) else []
     twins = [host for host, record in agent.peers.items() if record.mac == link.mac.hex(":") != ""]
     wrong += [f"{twins[0]} has this host's MAC {link.mac.hex(':')}: give one of them its own"] if twins else []

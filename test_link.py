@@ -1759,6 +1759,41 @@ def test_health_tells_what_keeps_the_ips_from_being_served(tmp_path, vip, change
     assert health["healthy"] is healthy and ({*change.values()} <= {*health["trouble"]}) is not healthy
 
 
+def test_a_host_that_can_send_nothing_is_not_well_tries_again_soon_and_is_well_again_when_it_can(tmp_path):
+    one = ByHand(tmp_path, FakeNetwork(arp=True), **ONE)
+    one.run(80, pace=0.1)
+    said = len(one.network.did("announce"))
+    one.network.unsent, one.network.send_error = {1: (0.0, 9.0, "No buffer space available")}, "cannot send"
+    one.run(120, pace=0.1)
+    assert one.agent.health()["trouble"] == ["cannot send"] and not one.agent.health()["healthy"]
+    assert 2 * 5 <= len(one.network.did("announce")) - said <= 2 * 13, "each is lost, and is sent again"
+    one.network.unsent, one.network.send_error = {}, ""
+    one.run(2, pace=0.1)
+    assert one.agent.health()["healthy"]
+    assert [was["event"] for was in one.agent.health()["history"]] == ["trouble", "recovered"]
+
+
+def test_that_an_ip_is_on_two_hosts_is_trouble_while_it_lasts_but_not_what_is_over_in_a_moment(tmp_path):
+    """As with two clusters that do not know each other: each host has the lock of its own."""
+    one = ByHand(tmp_path, FakeNetwork(arp=True), **WITH_ZOOKEEPER)
+
+    def rivalled(seconds: float) -> list[str]:
+        for _ in range(round(seconds / 0.1)):
+            one.network.incoming.append(link.Heard(ADDRESS, b"\x02\0\0\0\0\x99", CLAIM, True))
+            one.run(0.1, pace=0.1)
+        return one.agent.health()["trouble"]
+
+    one.run(5)
+    assert rivalled(0.9) == [] and one.ip()["conflicts"]["count"] == 1
+    one.run(80, pace=0.1)
+    (said,) = rivalled(4)
+    assert f"{VIP} is on two hosts, here and at 02:00:00:00:00:99: remove it there" in said and "zookeeper" in said
+    assert rivalled(200) == [said] and not one.agent.health()["healthy"]
+    assert [was["event"] for was in one.agent.health()["history"]] == ["trouble"]
+    one.run(12, pace=0.1)
+    assert one.agent.health()["trouble"] == [] and one.ip()["conflicts"]["count"] == 2
+
+
 def test_health_tells_that_another_host_has_this_ones_mac_and_that_nobody_is_heard(tmp_path):
     one = ByHand(tmp_path, **WITH_ZOOKEEPER)
     one.agent.peers = {"node2": link.Record(MAC.hex(":"), (), ""), "node3": link.Record(OTHER_MAC.hex(":"), (), "")}

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -54,6 +54,8 @@ def config_of(state_dir: Path, **more: Any) -> link.Config:
 
 class FakeNetwork:
     """link.Network in memory; `done` is what was done, in order."""
+
+    unsent, send_error = MappingProxyType(dict[int, tuple[float, float, str]]()), ""
 
     def __init__(self, arp: bool = False) -> None:
         self.link = link.Link(7, MAC, True, arp, "")

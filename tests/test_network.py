@@ -7,7 +7,6 @@ import contextlib
 import errno
 import ipaddress
 import itertools
-import logging
 import os
 import re
 import resource
@@ -19,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -497,24 +497,40 @@ def test_another_interface_of_this_machine_is_no_rival(lan):
     assert len(about(one.hear())) == 1
 
 
-def test_what_cannot_be_sent_is_counted_and_told_once(lan, caplog):
-    caplog.set_level(logging.DEBUG, "link")
+def test_what_is_lost_on_the_way_out_holds_up_nothing_and_a_lost_frame_is_no_trouble(lan, caplog):
     one, other = lan
     one.sync(), other.sync()
     one.network.send([bytes(5000), link.Frames(MAC_A, {}).ask(VIP4.ip)]), one.network.send([bytes(5000)])
-    assert one.network.send_error == "cannot send on eth0: Message too long"
     assert "10.0.0.100" in [heard.address for heard in other.hear()]  # it came behind what could not be sent
     ip(A, "link set eth0 down")
     one.network.send([FRAMES.ask(VIP4.ip)])
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert not one.network.send_error and not caplog.records
 
 
-def test_a_filter_on_the_way_out_is_seen(one):
+@pytest.mark.parametrize("also", [False, True])
+def test_that_no_frame_of_a_protocol_gets_out_is_trouble_while_it_lasts_and_told_once(one, monkeypatch, caplog, also):
+    """Also where those of the other protocol do, through a filter that heeds one of them."""
+
+    def fail(seconds: float, frame: bytes = FRAMES.ask(VIP4.ip)) -> str:
+        clock.monotonic = lambda: 1000 + seconds
+        one.network.send([frame])
+        one.network.send([FRAMES.ask(VIP6.ip)] * also)
+        return one.network.send_error
+
     one.sync()
     if subprocess.run(f"tc -n {A} qdisc replace dev eth0 root pfifo limit 0".split(), check=False).returncode:
         pytest.skip("no tc, or no pfifo")
-    one.network.send([FRAMES.ask(VIP4.ip)])
-    assert one.network.send_error == "cannot send on eth0: No buffer space available"
+    if also:
+        monkeypatch.setitem(one.network._packets, link.ETH_P_IPV6, mock.Mock())
+    monkeypatch.setattr(link, "time", clock := SimpleNamespace(monotonic=None))
+    assert [fail(0), fail(0.1), fail(4.9)] == ["", "", ""] and not caplog.records, "a queue may be full for a moment"
+    why = "cannot send on eth0 (No buffer space available): see `tc qdisc`, and the egress filters of nft"
+    assert [fail(9), fail(19)] == [why, why] and [record.message for record in caplog.records] == [why]
+    clock.monotonic = lambda: 1040
+    assert not one.network.send_error, "nothing is sent any more"
+    assert fail(41) == why
+    ip(A, "link set eth0 up"), run("tc", "-n", A, "qdisc", "del", "dev", "eth0", "root")
+    assert not fail(42) and not one.network.unsent
 
 
 @pytest.mark.parametrize("room, foreign", [(20480, 0), (2048, 4)])

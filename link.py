@@ -1080,7 +1080,7 @@ class _Hosts(_Place):
             self.named = owner
         elif record.boot == self.mine.boot and len(macs) < 2 and self.named != own:
             self.dead = owner
-        return owner not in (own, self.dead or own)
+        return owner not in (own, self.dead, 0)  # 0: a node that lasts is nobody's, but of a copy
 
     def next(self, name: str, own: int, ask: Callable[..., None]) -> None:
         """What to ask for our record; once: the answers for other hosts' records lead here, too, one by one."""
@@ -1088,7 +1088,7 @@ class _Hosts(_Place):
         owner, self.owner = self.owner, None
         if owner == -1:
             ask(self, "create", path, data, ephemeral=True)
-        elif owner == self.dead != 0:  # 0 has a node that lasts: nobody's session
+        elif owner in (self.dead, 0):
             ask(self, "delete", path)
         elif owner == own and self.records[name] != Record.parse(data):
             self.asked.pop(name, None)
@@ -2447,7 +2447,8 @@ class Vip:
                 order.future.set_result(None)
             elif now >= order.deadline:
                 expired = True
-                order.future.set_exception(LinkError(504, "not done in time", self.reason, ip=show(self, now)))
+                why = "; ".join(filter(None, (self.reason, self.agent.referee.refused)))
+                order.future.set_exception(LinkError(504, "not done in time", why, ip=show(self, now)))
             else:
                 self.orders.append(order)
         if self.intent is Intent.HAND_OVER and (expired or not (bound or lock.lock in (Lock.MINE, Lock.WAITING))):

@@ -2207,7 +2207,7 @@ def test_lock_takes_the_ip_and_failover_gives_it_away(tmp_path):
 @table("other, change, config, error", [
     ("node2", {"state": "lost"}, {}, "ZooKeeper is out of reach"), ("foreign", {}, {}, "foreign lock"),
     ("node2", {}, {"promise": "at-most-one"}, "at-most-one"), ("node2", {}, ONE_CHECKED, "failing"),
-    ("node2", {"obeys": False}, {}, None),  # a move that is not seen to end is answered with the IP as it is
+    ("node2", {"obeys": False, "refused": "ZooKeeper refuses multi"}, {}, None),  # with the IP as it is then
 ])  # fmt: skip
 def test_a_lock_that_cannot_be_had_is_refused_with_the_reason(tmp_path, other, change, config, error):
     with Served(tmp_path, other, pool=AtOnce(check=lambda *_: "down"), **{**WITH_ZOOKEEPER, **config}) as host:
@@ -2218,6 +2218,7 @@ def test_a_lock_that_cannot_be_had_is_refused_with_the_reason(tmp_path, other, c
             assert (status, body["error"], bool(body["detail"])) == (409, error, True)
         else:
             assert (status, body["ip"]["ip"], body["ip"]["bound"]) == (504, VIP, False)
+            assert body["detail"] == f"{body['ip']['reason']}; ZooKeeper refuses multi"
 
 
 def test_a_delete_waits_for_the_host_that_waits_for_the_ip(tmp_path):

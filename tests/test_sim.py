@@ -1922,6 +1922,21 @@ def test_a_lock_node_that_no_session_ends_as_in_a_copy_of_the_data_keeps_nobody_
     assert node not in w.server.nodes and len(w.binders()) == 1
 
 
+@table("refused", [False, True])
+@story([1], rest=None)
+def test_a_record_of_our_name_that_no_session_ends_as_in_a_copy_or_made_by_hand_is_nobodys_and_removed(w, refused):
+    first, node = w.hosts[0], f"/link/hosts/{w.hosts[0].name}"
+    w.server.ensure_path("/link/hosts")
+    w.server.put(node, b"{}", 0)
+    w.server.refuses = lambda host, call, path: refused and (call, path) == ("delete", node)
+    w.begin(*w.hosts, rest=5)
+    said = first.agent.health()["zookeeper"]["refused"] or ""
+    assert ("refuses delete in /link/hosts" in said) is refused and "another host" not in said
+    w.server.refuses = lambda *_: False
+    w.run(3)
+    assert first.agent.health()["healthy"] and w.server.get(node)[1].ephemeralOwner == first.kazoo.client_id[0]
+
+
 @story([1])
 def test_another_programs_lock_is_that_also_where_a_hosts_record_is_a_node_that_lasts(w):
     name = w.hosts[0].name
@@ -2110,6 +2125,20 @@ def test_a_refusal_confirms_no_lock_and_is_said(w, holder, first):
     health = first.agent.health()
     assert "NoAuthError" in health["zookeeper"]["refused"] and not health["healthy"]
     assert first.managed().lock(w.time).lock is Lock.UNKNOWN
+
+
+@table("call", ["take_lock", "failover"])
+@story([1, 2, 3])
+def test_an_order_that_zookeeper_refuses_is_answered_with_what_it_refuses(w, holder, first, call):
+    """As where its ACL lets this host only read."""
+    w.server.refuses = lambda host, call, path: call in ("create", "delete", "multi") and "/ips/" in str(path)
+    (first if call == "take_lock" else holder).ask(call)
+    w.run(4)
+    error = w.calls[0][3].exception()
+    assert error.status == 504 and "NoAuthError; see zookeeper_auth, its ACL and quota" in error.body["detail"]
+    w.server.refuses = lambda *_: False
+    w.run(3)
+    w.settled()
 
 
 @story([1], vips=60)

@@ -3708,6 +3708,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = _serve
 
     def _route(self) -> tuple[int, Any]:
+        if whole := re.match(r"(?i:https?)://([^/?#]+)", self.path):  # its host counts (RFC 9112, section 3.2.2)
+            del self.headers["Host"]
+            self.headers["Host"], self.path = whole[1], self.path[whole.end() :]
         self._refuse_strangers()
         path, allowed = self.path.partition("?")[0].rstrip("/") or "/", set[str]()
         for methods, pattern, takes, status, function in self.server.routes:
@@ -3762,7 +3765,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if len(data) < length:
             raise Invalid("json", "the body is shorter than its Content-Length")
         try:
-            return valid(json.loads(data), shape) if required else None
+            return valid(json.loads(data, object_pairs_hook=_once), shape) if required else None
         except (ValueError, RecursionError) as error:
             raise Invalid("json", str(error)) from None
 
@@ -3789,6 +3792,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """The access log is for debugging."""
         log.debug("http %s %s", self.client_address[0], _safe(format % args))
+
+
+def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object: of two keys of one name json would take the last one, and say nothing. Raises ValueError."""
+    for key in (key for key, other in itertools.pairwise(sorted(key for key, _ in pairs)) if key == other):
+        raise ValueError(f"the key {key[:60]!r} is there twice: remove one")
+    return dict(pairs)
 
 
 def credentials(user: str, password: str) -> str:
@@ -4223,8 +4233,10 @@ def check(config: Config) -> None:
             __import__(name)
         except ImportError as error:
             raise ConfigError(f"cannot import {name} ({error}): pip install -r requirements.txt") from None
-    warnings = unknown_variables(os.environ)
+    warnings, state_dir = unknown_variables(os.environ), Path(config.state_dir)
     try:
+        for path in (path for path in (state_dir, *state_dir.parents) if os.path.lexists(path) and not path.is_dir()):
+            raise ConfigError(f"state_dir: {path} is no directory: name another one, or remove it")
         warnings += [f"{config.state_dir}: {what} {why}" for what, why in Store(config).read_ips().items()]
     except PermissionError as error:  # to whoever checks; if the agent is another user
         if os.stat(config.state_dir).st_uid == os.geteuid():

@@ -630,6 +630,18 @@ def test_a_check_is_right_also_where_its_output_is_closed_or_its_disk_is_full_so
     assert subprocess.run(command, shell=True, check=False).returncode == 0
 
 
+@table("below", ["", "/state", "/x/../state/deep"])
+@table("link_to", [None, "file", "nowhere"])
+def test_check_says_where_a_state_directory_cannot_be(tmp_path, capsys, below, link_to):
+    (tmp_path / "file").touch()
+    if link_to:
+        (tmp_path / "link").symlink_to(tmp_path / link_to)
+    wrong = tmp_path / ("link" if link_to else "file")
+    assert link.main(["--check", "--interface", "eth0", "--state-dir", f"{wrong}{below}"]) == 2
+    said = capsys.readouterr().err
+    assert f"state_dir: {wrong} is no directory: name another one, or remove it" in said
+
+
 def test_check_reads_the_state_directory_and_changes_nothing_there(tmp_path, capsys):
     words = ["--check", "--interface", "eth0", "--state-dir", str(tmp_path)]
     (tmp_path / "ips.json").write_text('{"ips": [{"ip": "10.0.0.0/8"}, {"ip": "10.0.0.10"}]}')
@@ -2008,6 +2020,7 @@ def wrong(status: int, error: str, *calls: tuple[str, str, Iterable[Any]]) -> It
     return ((method, path, body, status, error) for method, path, bodies in calls for body in bodies)
 
 
+TWICE = b'{"ip": "10.0.0.11", "checks": [{"type": "TCP", "host": "10.0.0.9", "port": 1, "port": 2}]}'
 NEW, MINE, GIVEN = {"ip": "10.0.0.11"}, f"/ips/{VIP}", "/ips/10.0.0.30"
 BAD_IPS = ["10.0.0.0/24", "10.0.0.255/24", "224.0.0.1", "127.0.0.1", "::", "fe80::1", "10.0.0.11/0", "x", "", None, 5]
 OWN = ["10.0.0.1", "10.0.0.1/24", "fd77::1", "fd77::1/64"]
@@ -2015,7 +2028,8 @@ BAD_CHECKS = [{}, "", 5, False, TCP, [5], *([{**TCP, **bad}] for bad in ({"port"
 BAD_INTERVALS = [-1, 3601, 1.5, "5", True, [5], 10**30, 1e300]
 NOWHERE = ["vip-1", "10.0.0.99", "fd77::99", "10.0.0.10/24", "%00", "%ff%2f..%zz", "a" * 9000, ".", "%20"]
 WRONG_CALLS = [
-    *wrong(400, "invalid json", ("POST", "/ips", (b"", b"{", b"\xff", b"[" * 60000, b"nil")), ("PATCH", MINE, (b"{",))),
+    *wrong(400, "invalid json", ("POST", "/ips", (b"", b"{", b"\xff", b"[" * 60000, b"nil")), ("PATCH", MINE, (b"{",)),
+           ("POST", "/ips", (b'{"ip": "10.0.0.11", "checks": [], "ip": "10.0.0.12"}', TWICE))),
     *wrong(400, "invalid IP", ("POST", "/ips", [{"ip": ip} for ip in BAD_IPS + OWN])),
     *wrong(400, "invalid IP", ("POST", "/ips", ([], b"null", 5, "x", {}, {**NEW, "colour": 1}, {**NEW, "id": "x"}))),
     *wrong(400, "invalid", ("POST", "/ips", [{**NEW, "healthcheck_interval": every} for every in BAD_INTERVALS])),
@@ -2055,6 +2069,28 @@ def test_a_wrong_request_is_refused_and_changes_nothing(busy, method, path, body
     elif method != "HEAD":
         assert answer.body["error"].startswith(error) and answer.body["detail"]
     assert busy.ips() == before
+
+
+def test_of_two_keys_of_one_name_a_body_says_which_and_that_is_not_slow(busy):
+    assert busy.ask("POST", "/ips", TWICE).body["detail"] == "the key 'port' is there twice: remove one"
+    began = time.monotonic()
+    many = b"{" + b",".join(b'"%d":1' % n for n in range(6000)) + b',"5999":1}'
+    assert busy.ask("POST", "/ips", many).body["detail"] == "the key '5999' is there twice: remove one"
+    assert time.monotonic() - began < 1
+
+
+@table("target, host, status", [
+    ("http://10.0.0.1:1313/version", "10.0.0.1:1313", 200), ("HTTPS://localhost/version?x=1", "localhost", 200),
+    ("http://[::1]:1313", "localhost", 200), ("http://localhost?now", "localhost", 200),
+    ("http://localhost/version", "evil.example", 200),  # the target's counts
+    ("http://evil.example/version", "localhost", 403), ("http://u:p@evil.example/version", "localhost", 403),
+    ("http:///version", "localhost", 404), ("ftp://localhost/version", "localhost", 404),
+    ("http://localhost/http://localhost/version", "localhost", 404),
+])  # fmt: skip
+def test_the_target_of_a_request_may_be_a_whole_url(busy, target, host, status):
+    """RFC 9112, section 3.2.2."""
+    head, _, body = busy.raw(f"GET {target} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()).partition(b"\r\n\r\n")
+    assert f" {status} ".encode() in head.partition(b"\r\n")[0] and json.loads(body)
 
 
 POST = b"POST /ips HTTP/1.1\r\n"

@@ -1935,8 +1935,8 @@ class Checks:
 
     @property
     def judged(self) -> bool:
-        """Whether there is a verdict on each."""
-        return all(probe.ok or probe.row <= -self._config.health_check_fall for probe in self._probes)
+        """Whether there is a verdict on each; none can be waited for where too many others hang."""
+        return all(p.ok or p.starved or p.row <= -self._config.health_check_fall for p in self._probes)
 
     def begin(self, now: float, pool: Executor, post: Callable[..., None]) -> float:
         """Start what is due, say what is late; when it wants to be called again."""
@@ -1955,8 +1955,8 @@ class Checks:
             elif probe.begun:
                 self._count(probe, f"{probe.check}: no result in time")
             elif not probe.starved:
-                probe.starved = True
-                log.warning("vip=%s check cannot begin, too many others hang: %s", self._name, probe.check)
+                probe.starved, probe.reason = True, f"check cannot begin, too many others hang: {probe.check}"
+                log.warning("vip=%s %s", self._name, probe.reason)
         return min((probe.next + timeout * probe.out for probe in self._probes), default=math.inf)
 
     def _work(self, probe: _Probe, post: Callable[..., None]) -> None:

@@ -1446,6 +1446,19 @@ def test_a_check_that_cannot_begin_while_others_hang_leaves_the_verdict_in_doubt
     assert one.ip()["hosts"][-1] == "node1" and not one.agent.vips[ADDRESS].checks.unsure
 
 
+def test_an_ip_whose_check_can_never_begin_is_bound_as_the_last_resort_but_not_where_another_host_has_it(tmp_path):
+    """The pool hangs in the checks of others, from the start."""
+    for name, served in (("alone", False), ("served", True)):
+        pool = SimpleNamespace(submit=lambda *_: None, check=None)
+        (tmp_path / name).mkdir()
+        one = ByHand(tmp_path / name, FakeNetwork(arp=True), pool, **ONE_CHECKED)
+        for second in range(30):
+            one.network.incoming += [link.Heard(ADDRESS, OTHER_MAC, CLAIM, True)] * served
+            one.run(1, pace=0.05)
+            assert one.ip()["bound"] is (not served and second > 4) or second in (4, 5, 6, 7)
+        assert one.ip()["status"] == "FAILING" and "check cannot begin" in one.ip()["reason"]
+
+
 def test_a_check_that_began_late_and_fails_is_counted(tmp_path):
     waiting = []
     pool = SimpleNamespace(submit=lambda work, *args: waiting.append((work, args)), check=lambda *_: "down")

@@ -2127,6 +2127,23 @@ def test_a_refusal_confirms_no_lock_and_is_said(w, holder, first):
     assert first.managed().lock(w.time).lock is Lock.UNKNOWN
 
 
+@table("zookeeper", ["zookeeper:2181", "zookeeper:2181/other"])
+def test_two_clusters_that_do_not_know_each_other_say_that_they_share_an_ip_until_one_has_it_no_more(zookeeper):
+    """As by a chroot that one host names, and the other does not."""
+    with World(3, hosts=2) as w:
+        one, other = w.hosts
+        other.settings = {"zookeeper": zookeeper}
+        w.begin(one, other, rest=8)
+        shared = zookeeper.endswith("/other")
+        for _ in range(5):
+            assert {"is on two hosts" in str(host.agent.health()["trouble"]) for host in w.hosts} == {shared}
+            w.run(30)
+        assert len(one.agent.health()["history"]) == shared and len(w.binders()) == 1 + shared
+        other.power_off()
+        w.run(15)
+        assert not one.agent.health()["trouble"]
+
+
 @table("call", ["take_lock", "failover"])
 @story([1, 2, 3])
 def test_an_order_that_zookeeper_refuses_is_answered_with_what_it_refuses(w, holder, first, call):

@@ -87,9 +87,7 @@ Address = ipaddress.IPv4Interface | ipaddress.IPv6Interface
 PlainAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
-################################################################################
-# Errors
-################################################################################
+# == Errors ============================================================================================================
 
 
 class LinkError(Exception):
@@ -117,9 +115,7 @@ class ConfigError(Exception):
     """The configuration is wrong; the message names the key and the remedy."""
 
 
-################################################################################
-# Model
-################################################################################
+# == Model =============================================================================================================
 
 
 Shape = Mapping[str, Any]  # a JSON Schema in few words: bodies are checked by it, and it stands in /openapi.json
@@ -254,9 +250,7 @@ class VirtualIP:
         return {"id": self.id, "ip": str(self.ip), "checks": checks, "healthcheck_interval": self.healthcheck_interval}
 
 
-################################################################################
-# State machine: nothing but the table
-################################################################################
+# == State machine: nothing but the table ==============================================================================
 
 
 class State(StrEnum):
@@ -285,9 +279,7 @@ TRANSITIONS: Mapping[tuple[State, Event], State] = {
 }
 
 
-################################################################################
-# Decision: the facts of one instant in, one decision out; no I/O, no clock
-################################################################################
+# == Decision: the facts of one instant in, one decision out; no I/O, no clock =========================================
 
 TICK = 1.0  # seconds: what moves is decided again this often, who was heard then counts as there, a hand-over at most
 LONG = 10.0  # seconds: a stop's limit, and when a host that hears nobody at all, nor ZooKeeper, counts as alone
@@ -510,9 +502,7 @@ def _why(f: Facts, silent: bool) -> str:
     }[f.lock]
 
 
-################################################################################
-# Frames: scapy makes a template per MAC and kind, addresses are patched in; read by struct
-################################################################################
+# == Frames: scapy makes a template per MAC and kind, addresses are patched in; read by struct =========================
 
 WORD = b"LnK\x01"  # LinK's own word, version 1: frozen
 
@@ -614,9 +604,7 @@ def read_frame(frame: bytes) -> Heard | None:
     return Heard(address, mac, kind, bool(frame[0] & 1))
 
 
-################################################################################
-# Wire: whom to ask, how often, and what was heard; it judges nothing
-################################################################################
+# == Wire: whom to ask, how often, and what was heard; it judges nothing ===============================================
 
 
 class WireView(NamedTuple):
@@ -955,9 +943,7 @@ class Wire:
             self._send([self._frames.ask(witness.address)])
 
 
-################################################################################
-# Referee: who should have each IP; the only place that knows kazoo
-################################################################################
+# == Referee: who should have each IP; the only place that knows kazoo =================================================
 
 ANSWER = 0.1  # seconds in which ZooKeeper answers when all is well; later its word counts as not known
 
@@ -1529,9 +1515,7 @@ def _kazoo_client(config: Config, session: tuple[int, bytes] | None, said: Calla
     return KazooClient(config.ensemble[0], config.session_timeout, session, **more)
 
 
-################################################################################
-# Network: the only place that knows netlink and packet sockets
-################################################################################
+# == Network: the only place that knows netlink and packet sockets =====================================================
 
 ETH_P_ARP, ETH_P_IPV6, SOL_PACKET = 0x0806, 0x86DD, 263
 IFF_UP, IFF_LOOPBACK, IFF_NOARP, IFF_LOWER_UP = 0x1, 0x8, 0x80, 0x10000  # <linux/if.h>
@@ -1863,9 +1847,7 @@ def frame_filter(protocol: int, index: int, addresses: Collection[str] | None) -
     return [*program, drop]
 
 
-################################################################################
-# Checks: whether the service behind an IP is there
-################################################################################
+# == Checks: whether the service behind an IP is there =================================================================
 
 
 def run_check(check: HealthCheck, timeout: float) -> str:
@@ -1981,9 +1963,7 @@ class Checks:
             log.info("vip=%s check passes: %s", self._name, probe.check)
 
 
-################################################################################
-# Story: what people are told of an IP; nothing is decided by it
-################################################################################
+# == Story: what people are told of an IP; nothing is decided by it ====================================================
 
 HISTORY = 20  # changes of an IP that are remembered
 
@@ -2095,9 +2075,7 @@ class Notices:
         return f"exit code {child.returncode}" if child.returncode else ""
 
 
-################################################################################
-# One IP: facts gathered, decisions carried out
-################################################################################
+# == One IP: facts gathered, decisions carried out =====================================================================
 
 ANNOUNCE_AT = (0.0, 0.1, 0.3, 1.0, 2.0, 5.0, 10.0)  # seconds: for lost frames, slow ports, ARP locktime, the last word
 REFRESH = 60.0  # seconds between later announcements
@@ -2468,7 +2446,8 @@ class Vip:
         """
         facts, referee = self.facts(now, self.lock(now)), self.agent.referee
         if facts.lock is Lock.UNKNOWN:
-            return facts.successor and min(facts.leaving or 0.0, referee.age(now) - referee.timeout) < 2 * TICK
+            heard = facts.successor or now - self.agent.loop.distrusted <= 2 * TICK  # who was late has heard nobody yet
+            return heard and min(facts.leaving or 0.0, referee.age(now) - referee.timeout) < 2 * TICK
         return facts.lock is Lock.MINE or facts.successor or facts.heard <= TICK
 
     def _due(self, f: Facts, now: float) -> float:
@@ -2506,9 +2485,7 @@ def show(vip: Vip, now: float) -> dict[str, Any]:
     }
 
 
-################################################################################
-# State directory: what must survive the process
-################################################################################
+# == State directory: what must survive the process ====================================================================
 
 JOURNAL = 1000  # lines of ips.journal after which ips.json is written anew
 HISTORY_SIZE = 4 << 20  # bytes, at least, after which the file `history` is written anew
@@ -2709,9 +2686,7 @@ def boot_id() -> str:
     return ""
 
 
-################################################################################
-# Agent: the loop that hears, decides and acts
-################################################################################
+# == Agent: the loop that hears, decides and acts ======================================================================
 
 SLICE = 0.004  # seconds the loop decides before it listens again
 HOSTS = 256  # that are gone are known by their MAC
@@ -3411,9 +3386,7 @@ class Api(Agent):
         }
 
 
-################################################################################
-# Metrics: the text format of Prometheus, 0.0.4
-################################################################################
+# == Metrics: the text format of Prometheus, 0.0.4 =====================================================================
 
 Values = float | list[tuple[dict[str, str], float]]  # the latter where more labels tell them apart
 ZOOKEEPER = ("none", "connecting", "connected", "lost")
@@ -3501,9 +3474,7 @@ def write_metrics(host: Mapping[str, Values], ips: Iterable[Seen]) -> Document:
     return Document("text/plain; version=0.0.4; charset=utf-8", "\n".join([*lines, ""]))
 
 
-################################################################################
-# Page: what a browser is shown
-################################################################################
+# == Page: what a browser is shown =====================================================================================
 
 PAGE = r"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>LinK</title>
 <meta name="viewport" content="width=device-width"><style>
@@ -3589,9 +3560,7 @@ PAGE_MAY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-in
 frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 
 
-################################################################################
-# HTTP
-################################################################################
+# == HTTP ==============================================================================================================
 
 MAX_BODY = 65536
 REQUEST_TIME = LONG  # from the connect to the end of the request; twice what the loop has for its answer
@@ -3912,9 +3881,7 @@ def serve_api(agent: Api, clients: dict[Any, float]) -> None:
         threading.Event().wait(TICK)
 
 
-################################################################################
-# Configuration: one table feeds the file, the environment, the flags, --help and the README
-################################################################################
+# == Configuration: one table feeds the file, the environment, the flags, --help and the README ========================
 
 
 def option(default: Any, text: str, *, low: float = 0, high: float = 1e6, choices: Any = (), flag: bool = True) -> Any:
@@ -4147,9 +4114,7 @@ def make_config(
     return config
 
 
-################################################################################
-# Main
-################################################################################
+# == Main ==============================================================================================================
 
 RUN = Path("/run/link")  # of root or the service (RuntimeDirectory=)
 

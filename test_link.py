@@ -120,7 +120,7 @@ def test_the_file_its_functions_and_classes_are_short_and_no_object_has_many_fie
     wide = {n: count for n, (_, count) in classes.items() if count > 15 and n not in ("Config", "Facts")}  # tables
     times = re.findall(r"^([A-Z_]+) = .*#.*\bseconds\b", text, re.MULTILINE)
     lines = text.count("\n")
-    assert (lines > 4470, long, wide, times[9:]) == (False, {}, {}, []), lines  # the aim is 2,500
+    assert (lines > 4436, long, wide, times[9:]) == (False, {}, {}, []), lines  # the aim is 2,500
 
 
 def test_nobody_asks_whether_there_is_a_zookeeper_and_no_library_is_named_that_is_not_used():
@@ -146,9 +146,9 @@ def test_nothing_sleeps_or_rests_on_the_wall_clock():
 
 @table("library, part", [("scapy", "Frames"), ("kazoo", "Referee"), ("yaml", "Config")])
 def test_each_library_is_named_in_one_part_only_and_never_scapy_all(library, part):
-    banner, users = "#" * 80, {}
-    for piece in SOURCE.read_text(encoding="utf-8").split(f"\n{banner}\n# ")[1:]:
-        title, _, body = piece.partition(f"\n{banner}\n")
+    users = {}
+    for piece in SOURCE.read_text(encoding="utf-8").split("\n# == ")[1:]:
+        title, _, body = piece.partition("\n")
         if names := re.findall(rf"^\s*(?:from|import) ({library}\S*)", body, re.MULTILINE):
             users[title] = names
     (title,) = users
@@ -2394,9 +2394,7 @@ def test_a_connection_that_is_reset_leaves_no_trace(host, capfd, caplog, say):
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-################################################################################
-# Story: history, notices, metrics, page, status
-################################################################################
+# == Story: history, notices, metrics, page, status ============================
 
 
 def test_the_history_tells_each_change_with_its_cause_and_who_ordered_it_and_outlives_the_process(tmp_path):

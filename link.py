@@ -1454,11 +1454,10 @@ def _tell_granted(client: Any, granted: Callable[[float], None]) -> None:
 
 def _delete(client: Any, ours: Iterable[str], others: Iterable[str]) -> Any:
     """In one step: check that our nodes exist, delete exactly the others."""
-    transaction = client.transaction()
-    for node in ours:
-        transaction.check(node, -1)
-    for node in others:
-        transaction.delete(node)
+    from kazoo.protocol.serialization import CheckVersion, Delete
+
+    transaction = client.transaction()  # its methods look through each path anew
+    transaction.operations += [*(CheckVersion(node, -1) for node in ours), *(Delete(node, -1) for node in others)]
     return transaction.commit_async()
 
 

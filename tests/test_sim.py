@@ -47,6 +47,7 @@ from unittest import mock
 
 import pytest
 from kazoo import exceptions as kazoo
+from kazoo.protocol.serialization import CheckVersion, Delete
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -698,9 +699,10 @@ class SimKazoo:
         return functools.partial(self._ask, name.removesuffix("_async"))
 
     def transaction(self) -> Any:
-        checked, deleted = list[str](), list[str]()
-        commit = lambda: self._ask("multi", checked, deleted)  # noqa: E731
-        return SimpleNamespace(check=lambda path, _: checked.append(path), delete=deleted.append, commit_async=commit)
+        steps: list[CheckVersion | Delete] = []
+        paths = lambda kind: [step.path for step in steps if isinstance(step, kind)]  # noqa: E731
+        commit = lambda: self._ask("multi", paths(CheckVersion), paths(Delete))  # noqa: E731
+        return SimpleNamespace(operations=steps, commit_async=commit)
 
     def _ask(self, call: str, *args: Any, watch: Callable[[Any], None] | None = None, **more: Any) -> Result:
         result, world = Result(), self._host.world

@@ -2507,9 +2507,8 @@ class Store:
         self._entries: dict[str, VirtualIP | Any] = {}  # by address; what cannot be parsed: as it is, maybe by its text
         self._lines: int | None = None  # of the journal; None: to be begun anew
         self._changes: deque[tuple[str, Mapping[str, Any] | None]] = deque()  # to be written
-        self._most = HISTORY_SIZE
-        self._session, self._disk, self._saved = b"", ThreadPoolExecutor(1, "disk"), Future[bool]()
-        self._saved.set_result(True)
+        self._session, self._disk, self._most = b"", ThreadPoolExecutor(1, "disk"), HISTORY_SIZE
+        self._saved = self._told = cast(Any, None)  # the last futures
 
     def read_ips(self) -> dict[str, str]:
         """What is wrong, by file or entry. Changes nothing. Raises OSError where a file cannot be read."""
@@ -2599,11 +2598,12 @@ class Store:
     def save_change(self, address: str, change: Mapping[str, Any] | None) -> None:
         """Remember a change, or (None) forget all of this address. Best effort and soon; nobody waits for it."""
         self._changes.append((address, change))
-        self._disk.submit(self._write_changes)
+        self._told = self._soon(self._told, self._write_changes)
+
+    def _soon(self, last: Any, write: Callable[[], Any]) -> Any:  # a future; what has yet to begin writes this, too
+        return self._disk.submit(write) if last is None or last.running() or last.done() else last
 
     def _write_changes(self) -> None:
-        if not self._changes:
-            return  # written with those before it
         with contextlib.suppress(OSError):
             with open(self._dir / "history", "ab", opener=_private) as file:
                 while self._changes:  # a torn line before it takes none along
@@ -2639,8 +2639,7 @@ class Store:
     def save_session(self, content: Mapping[str, Any], now: bool = False) -> bool:
         """Best effort and soon; the latest content counts. `now`: wait for it, at most a second. False: not written."""
         self._session = json.dumps({"identity": self.identity, **content}).encode()
-        if self._saved.running() or self._saved.done():  # else it will write this one
-            self._saved = self._disk.submit(self._write_session)
+        self._saved = self._soon(self._saved, self._write_session)
         return not now or (not wait_for([self._saved], TICK).not_done and self._saved.result())
 
     def _write_session(self) -> bool:
@@ -4129,7 +4128,7 @@ class LogQueue(logging.handlers.QueueHandler):
     """Hands lines to a thread that writes them: a stderr that blocks (a full pipe, a stopped journal) stops no loop."""
 
     queue: queue.Queue[logging.LogRecord]
-    lost = 0
+    lost, prepare = 0, staticmethod(lambda record: record)  # the thread makes the text: nothing told changes later
 
     def enqueue(self, record: logging.LogRecord) -> None:
         """Drop it where the queue is full, and say so when there is room again."""

@@ -2447,8 +2447,12 @@ def test_the_last_20_changes_are_kept_a_removed_ip_leaves_none_and_what_cannot_b
 
     store = store_in(tmp_path)
     assert store.load_history() == {}
+    stalled = threading.Event()
+    store._disk.submit(stalled.wait, 20)
     for number in range(30):
         store.save_change("10.0.0.1", change(number))
+    assert store._disk._work_queue.qsize() == 1, "one job for all that waits"
+    stalled.set()
     assert written() == [*range(10, 30)]
     with open(tmp_path / "history", "ab") as file:
         file.write(b'\n{}\n["node1", "10.0.0.1", {"time": 5}]\n["node1", "10.0.0.1", []]\n["node1", [], null]\n\xff\n')

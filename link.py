@@ -1386,9 +1386,10 @@ class Referee:
         if isinstance(answer, Exception) and len(places) > 1:
             return self._take(places, len(places) // 2)
         for place in places:
-            place.busy, place.stale = False, place.stale or isinstance(answer, Exception)
+            place.busy, place.stale = False, True
             if not isinstance(answer, Exception):
                 place.queue, place.listed, place.heeded = place.queue[place.at(self._own) :], sent, False
+                place.not_before = self._now() + min(TICK, len(self._places) // self.BATCH / 8)  # first all are bound
                 self._news(place.address)
             self._next(place)
 
@@ -2346,7 +2347,7 @@ class Vip:
         self.step = min(self.step + 1, len(ANNOUNCE_AT))
         at.announce = now + (LONG if self.agent.network.unsent else REFRESH) * random.uniform(0.9, 1.1)
         if self.step < len(ANNOUNCE_AT):
-            at.announce = now + ANNOUNCE_AT[self.step] - ANNOUNCE_AT[self.step - 1]
+            at.announce = now + max(ANNOUNCE_AT[self.step] - ANNOUNCE_AT[self.step - 1], len(self.agent.vips) / 3000)
 
     def announce_anew(self, now: float, crossed: bool = False) -> None:
         """Once more from the beginning, at most once a second (RFC 5227, section 2.4, asks for such restraint).

@@ -459,7 +459,7 @@ def patience(f: Facts) -> float:
     if not f.trusted or (late and not f.lower and f.lock is not Lock.WAITING):
         return 2 * LINGER * f.lower  # if neither does
     turn = 0 if f.lower else 1 if f.lock is Lock.WAITING else 2
-    return PATIENCE[turn] + f.pace * (3 - turn)  # of answers that come at such intervals none serves two
+    return max(PATIENCE[turn], f.pace * (3.5 - turn))  # no two yield at the same answer, however slowly they come
 
 
 def _contend(f: Facts) -> bool:

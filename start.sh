@@ -268,15 +268,16 @@ remove_interface() {
     say "$1: removed"
 }
 
-# run_tests PATH_OR_OPTION...: what is named, or everything: first what measures nothing, a test for each processor.
+# run_tests PATH_OR_OPTION...: what is named, or everything: first what measures nothing, a test for each processor; then
+# the rest, which waits for most of its time: two files at once.
 run_tests() {
-    local argument paths=() quick=(test_link.py tests/test_sim.py tests/test_network.py tests/test_peers.py)
+    local argument paths=() options=("$@") quick=(test_link.py tests/test_sim.py tests/test_network.py tests/test_peers.py)
     for argument in "$@"; do
         [[ $argument == -* || ! -e ${argument%%::*} ]] || paths+=("${argument%%::*}")
     done
     if ((${#paths[@]} == 0)); then
-        paths=(tests/test_{story,alerts,hostile,real,chaos,keepalived,ansible}.py)
-        set -- "${paths[@]}" "$@"
+        paths=(tests/test_{real,ansible,story,alerts,hostile,chaos,keepalived}.py)
+        set -- "${paths[@]}" -n 2 --dist loadfile "$@"
     else
         quick=()
     fi
@@ -288,7 +289,7 @@ run_tests() {
     [[ ! ${paths[*]} =~ ansible|tests/?( |$) ]] ||
         packages mmdebstrap systemd-container openssh-client openssl util-linux vagrant shellcheck
     python_packages tests/requirements.txt
-    ((${#quick[@]} == 0)) || "$VENV/bin/python" -m pytest -n auto --dist worksteal "${quick[@]}" "${@:${#paths[@]}+1}"
+    ((${#quick[@]} == 0)) || "$VENV/bin/python" -m pytest -n auto --dist worksteal "${quick[@]}" "${options[@]}"
     exec "$VENV/bin/python" -m pytest "$@"
 }
 

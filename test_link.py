@@ -120,7 +120,7 @@ def test_the_file_its_functions_and_classes_are_short_and_no_object_has_many_fie
     wide = {n: count for n, (_, count) in classes.items() if count > 15 and n not in ("Config", "Facts")}  # tables
     times = re.findall(r"^([A-Z_]+) = .*#.*\bseconds\b", text, re.MULTILINE)
     lines = text.count("\n")
-    assert (lines > 4436, long, wide, times[9:]) == (False, {}, {}, []), lines  # the aim is 2,500
+    assert (lines > 4435, long, wide, times[9:]) == (False, {}, {}, []), lines  # the aim is 2,500
 
 
 def test_nobody_asks_whether_there_is_a_zookeeper_and_no_library_is_named_that_is_not_used():
@@ -204,7 +204,7 @@ SPANS: dict[str, Callable[[Facts], Iterable[Any]]] = {
     "heard": lambda f: (
         s for s in (0.01, 0.5, 2, INF) if s == INF or f.bound is None or s <= (f.leaving or f.bound)),
     "alone": lambda f: [f.heard] if f.heard < INF else (0.5, 2),
-    "pace": lambda f: [0.01],  # only how long a rival must stay depends on it
+    "pace": lambda f: [0.05],  # only how long a rival must stay depends on it
     "staying": lambda f: [s for s in (0, 0.3, 0.45, 1) if s + f.heard <= (f.bound or 0)] or [0],
     "next second": lambda f: [
         (False, False),
@@ -388,7 +388,7 @@ def test_in_every_cell(decide, name):
     assert not cells, f"{len(cells)} cells, e.g. {cells[:3]}"
 
 
-@table("pace", [0.005, 0.05, 0.3, 1.0, 1.3])
+@table("pace", [0.005, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 1.3])
 @table("trust", [*itertools.product((True, False), repeat=2)])
 def test_of_two_binders_who_meet_without_a_lock_one_is_patient(trust, pace):
     """Never both at once: at first who came late or does not trust itself, then the higher MAC, last the lower one.

@@ -45,10 +45,10 @@ MUTANTS = {  # name -> a line's part, and what stands there instead
     "loses an order at a reload": ("or math.inf in [*self._clients.values()]) and now < deadline", ") and False"),
     "a timer never cancelled": ("ear.look, self._moved[ear] = Look.NONE, None", "ear.look = ear.look"),
     "takes what somebody answers for": ("orphan and (silent or f.blind)", "orphan"),
-    "both believe in the lower MAC": ("lower=link.mac < wire.mac", "lower=True"),
+    "both believe in the lower MAC": ("lower=link.mac < mac", "lower=True"),
     "leaves a second node after a lost answer": ("out = mine[1:] if stands else mine", "out = [] if stands else mine"),
     "forgets its session at a restart": ("if session and not self.stopping else None", "if False else None"),
-    "breaks a lock without looking at its own": ("        transaction.check(node, -1)\n", "        pass\n"),
+    "breaks a lock without looking at its own": ("*(CheckVersion(node, -1) for node in ours), ", ""),
     "holds on after its lease has run out": ("late = strict and not a.in_time(a.clock.now())", "late = False"),
 }
 

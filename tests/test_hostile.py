@@ -687,7 +687,8 @@ def test_a_flood_of_forged_and_malformed_frames_moves_nothing_and_the_api_answer
     ):
         flooding = pool.submit(flood, c, 1.5, frames)
         while not flooding.done():
-            assert [host.api("GET", "/health", timeout=2)[0] for host in c.hosts] == [200] * 3
+            told = [host.api("GET", "/health", timeout=2) for host in c.hosts]
+            assert all(health["healthy"] or "is on two hosts" in health["trouble"][0] for _, health in told), told
         print(f"{flooding.result()} frames")
         assert flooding.result() > 1000
     said = [at for at, _, mac in ear.announcements(vip) if mac == holder.mac]

@@ -407,6 +407,8 @@ class SimWire:
         if sender.dumb or (sender.muffled and heard.kind is Kind.CLAIM):
             sender.unheard = world.time
             return
+        if sender.side and heard.kind is Kind.CLAIM and world.config.get("promise") == "at-most-one":
+            sender.unheard = world.time  # nor will it learn of the heal: it asks nobody
         to = b"" if heard.broadcast else frame[:6]
         for host in world.stations:
             if host is not sender and (not to or host.mac == to):

@@ -459,7 +459,7 @@ def patience(f: Facts) -> float:
     if not f.trusted or (late and not f.lower and f.lock is not Lock.WAITING):
         return 2 * LINGER * f.lower  # if neither does
     turn = 0 if f.lower else 1 if f.lock is Lock.WAITING else 2
-    return max(PATIENCE[turn], f.pace * (3.5 - turn))  # no two yield at the same answer, however slowly they come
+    return max(PATIENCE[turn], f.pace * (1.5 + 2 * f.lower))  # two answers are between two that yield
 
 
 def _contend(f: Facts) -> bool:
@@ -1386,10 +1386,9 @@ class Referee:
         if isinstance(answer, Exception) and len(places) > 1:
             return self._take(places, len(places) // 2)
         for place in places:
-            place.busy, place.stale = False, True
+            place.busy, place.stale = False, place.stale or isinstance(answer, Exception)
             if not isinstance(answer, Exception):
                 place.queue, place.listed, place.heeded = place.queue[place.at(self._own) :], sent, False
-                place.not_before = self._now() + min(TICK, len(self._places) // self.BATCH / 8)  # first all are bound
                 self._news(place.address)
             self._next(place)
 
@@ -1759,6 +1758,7 @@ class Network:
                     continue  # sync() reports those
                 now = time.monotonic()
                 first, last, _ = self.unsent.get(protocol, (now, now, ""))
+                first = first if now - last < 2 * LONG else now  # else somebody is asked once a minute, and that is all
                 self.unsent[protocol] = first, now, str(error.strerror)
                 if last - first < LONG / 2 <= now - first:
                     log.warning("%s", self.send_error)
@@ -2345,7 +2345,8 @@ class Vip:
         self.agent.wire.announce(self.vip.address, ask=self.step > 1)
         self.story.announced += 1
         self.step = min(self.step + 1, len(ANNOUNCE_AT))
-        at.announce = now + (LONG if self.agent.network.unsent else REFRESH) * random.uniform(0.9, 1.1)
+        lost = self.agent.network.unsent.get(ETH_P_ARP if self.vip.ip.version == 4 else ETH_P_IPV6)
+        at.announce = now + (LONG if lost else REFRESH) * random.uniform(0.9, 1.1)
         if self.step < len(ANNOUNCE_AT):
             at.announce = now + max(ANNOUNCE_AT[self.step] - ANNOUNCE_AT[self.step - 1], len(self.agent.vips) / 3000)
 
@@ -2395,7 +2396,7 @@ class Vip:
         if not rivalled or f.staying < PATIENCE[-1]:
             return
         new = heard - at.rivalled > (REFRESH + LONG if mac == self.story.rival else TICK)
-        at.rivalled, at.rival_since = heard, heard if new else at.rival_since
+        at.rivalled, at.rival_since = heard, heard if heard - at.rivalled > 2 * TICK else at.rival_since
         if new or now - at.told >= REFRESH:
             self.story.conflicts, self.story.rival, at.told = self.story.conflicts + new, mac, now
             names = [f"{host}, another contender" for host, known in self.agent.macs.items() if known == mac.hex(":")]

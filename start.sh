@@ -289,7 +289,8 @@ run_tests() {
     [[ ! ${paths[*]} =~ ansible|tests/?( |$) ]] ||
         packages mmdebstrap systemd-container openssh-client openssl util-linux vagrant shellcheck
     python_packages tests/requirements.txt
-    ((${#quick[@]} == 0)) || "$VENV/bin/python" -m pytest -n auto --dist worksteal "${quick[@]}" "${options[@]}"
+    ((${#quick[@]} == 0)) || "$VENV/bin/python" -m pytest -n auto --dist worksteal "${quick[@]}" "${options[@]}" ||
+        [[ $? == 5 ]] # -k NAME: none of them is in this half
     exec "$VENV/bin/python" -m pytest "$@"
 }
 

@@ -633,6 +633,7 @@ class _Ear:
     met: bool = False  # has answered a probe: only who did can fall silent
     unanswered: int = 0
     asked: bool = False  # a question is out
+    pace: float = 0.0  # seconds between two questions of everybody, the last time
     stream: _Stream | None = None
 
 
@@ -688,12 +689,6 @@ class Wire:
     def due(self) -> float:
         """When run() wants to be called again."""
         return -math.inf if self._moved else self._due
-
-    @property
-    def pace(self) -> float:
-        """Seconds between two questions of everybody about the same IP: a thousand are asked for in one."""
-        asked = self._streams.get((Look.SEARCH, b""))
-        return max(self._interval, len(asked.ears) / 1000 if asked else 0)
 
     # -- what is to be watched
 
@@ -754,7 +749,7 @@ class Wire:
         ear = self._ears[address]
         staying = ear.heard - ear.since if ear.mac else 0.0
         alone = now - max(ear.heard, ear.began)
-        return WireView(ear.mac, now - ear.heard, staying, alone, ear.met, ear.unanswered, self.pace)
+        return WireView(ear.mac, now - ear.heard, staying, alone, ear.met, ear.unanswered, ear.pace)
 
     def deaf(self, now: float, but: Collection[str] | None) -> float:
         """For how long no witness has answered, but for these (the accused's own); 0: one does, or none ever did.
@@ -859,7 +854,7 @@ class Wire:
 
     def _ask_each(self, stream: _Stream, now: float, frames: Frames) -> list[_Ear]:
         """Every IP by itself: of everybody, or of the one who must have it but has not answered yet."""
-        proven, young = [], False
+        proven, young, pace = [], False, max(self._interval, len(stream.ears) / 1000)  # a thousand in a second
         for ear in stream.ears:
             meets = ear.look is Look.FAST and not ear.met
             if ear.asked and not meets and ear.unanswered < self._count:
@@ -867,10 +862,10 @@ class Wire:
                 if ear.unanswered == self._count:
                     proven.append(ear)
             young = young or (not meets and ear.unanswered < self._count)
-            ear.asked = True
+            ear.asked, ear.pace = True, pace
             self._send([frames.ask(ear.address, ear.peer if meets else b"")])
         self._ask_witnesses(now)
-        stream.next = now + max(self._interval * (1 if young else 4), self.pace)
+        stream.next = now + max(self._interval * (1 if young else 4), pace)
         return proven
 
     def _next_ear(self, stream: _Stream) -> _Ear:

@@ -453,13 +453,14 @@ def patience(f: Facts) -> float:
     """How long a rival must stay before a binder without a confirmed lock yields, in seconds: never two at once.
 
     At once who does not trust itself and who came late; then the higher MAC, last the lower one. With ZooKeeper there,
-    who was heard first thing after we bound it may have been letting go for us.
+    who was heard first thing after we bound it may have been letting go for us. Where answers come seldom the higher
+    MAC waits for the second one, the lower for the fourth: so two yield at one answer only if their paces differ.
     """
     late = f.bound is not None and f.bound < TICK and (f.lock is Lock.UNKNOWN or f.bound - f.heard >= 2 * LINGER)
     if not f.trusted or (late and not f.lower and f.lock is not Lock.WAITING):
         return 2 * LINGER * f.lower  # if neither does
     turn = 0 if f.lower else 1 if f.lock is Lock.WAITING else 2
-    return max(PATIENCE[turn], f.pace * (1.5 + 2 * f.lower))  # two answers are between two that yield
+    return max(PATIENCE[turn], f.pace * (1.5 + 2 * f.lower))
 
 
 def _contend(f: Facts) -> bool:
@@ -4147,7 +4148,6 @@ def set_up_logging(config: Config) -> LogQueue:
     """To stderr; no time of our own where the journal adds it."""
     stamp = "" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s.%(msecs)03d "
     handler, stderr = LogQueue(queue.Queue(10000)), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
     stderr.setFormatter(logging.Formatter(stamp + "%(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
     logging.handlers.QueueListener(handler.queue, stderr).start()
     logging.basicConfig(level=logging.CRITICAL, handlers=[handler], force=True)  # the libraries: not a word

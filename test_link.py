@@ -393,7 +393,7 @@ def test_in_every_cell(decide, name):
 def test_of_two_binders_who_meet_without_a_lock_one_is_patient(trust, pace):
     """Never both at once: at first who came late or does not trust itself, then the higher MAC, last the lower one.
 
-    Nor at the same answer, however slowly they come.
+    Nor at the same answer, however slowly they come, where both ask at one pace.
     """
     sides = [*itertools.product(UNSAID, (0.05, 0.3, 0.9, 1.1, 60), (0.0, 0.2))]
     for pair in itertools.product(sides, sides):

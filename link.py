@@ -1420,7 +1420,9 @@ class Referee:
             return
         record, owner = Record.parse(answer[0]), _number(answer[1].ephemeralOwner)
         known = hosts.records.get(host) == record and hosts.owners.get(owner) == host
-        hosts.records[host], hosts.owners[owner], hosts.asked[host] = record, host, owner
+        hosts.records[host], hosts.owners[owner] = record, host
+        if host in hosts.asked:  # else its watch has been told of before this, which is old: it is read again
+            hosts.asked[host] = owner
         if host == self._config.hostname:
             taken = f"the name {host} is taken in ZooKeeper by another host (give each its own `hostname`), or this one"
             self._refuse("name", f"{taken} before a reboot" * hosts.own(owner, self._own, record))

@@ -715,7 +715,8 @@ class SimKazoo:
                     self._watches.setdefault((call, args[0]), {})[watch] = None
                 self._heard_at, self.last_zxid = world.time, self._server.zxid
                 # Completions are a thread's, watches another's: a watch may be told of before the read that set it.
-                self._completed_at = max(self._completed_at, world.time + self._rng.uniform(0, 0.001))
+                late = self._rng.uniform(0, 0.001 + self._host.starved)
+                self._completed_at = max(self._completed_at, world.time + late)
                 self._host.later(self._completed_at - world.time, result.answer, answer)
 
         def at_server(line: Line) -> None:
@@ -1111,6 +1112,10 @@ class World(link.Clock):
                 wrong = (self.zookeeper and queue[:1] != owner) or {*binders} - {*sharers} or len({*queue}) < len(queue)
                 if len(names) != bool(sharers) or wrong:
                     self.blame(f"{vip}: bound on {names}, queue {queue}")
+                for host in sharers if self.zookeeper else ():
+                    known = link.show(host.agent.vips[BARE(vip)], host.agent.loop.now)["hosts"]
+                    if known != [name for name, _ in queue]:
+                        self.blame(f"{vip}: queue {queue}, known to {host.name} as {known}")
                 states = {h.name: h.states.get(BARE(vip)) for h in sharers}
                 if [n for n, s in states.items() if s is State.ACTIVATED] != names:
                     self.blame(f"{vip}: bound on {names}, states {states}")
@@ -1489,6 +1494,9 @@ SCENES: list[tuple[str, int | list[int], dict[str, Any], str]] = [  # name, seed
     ("without ZooKeeper an agent that finds its address bound tells the clients", 5, {"zookeeper": False},
      "holder isolate, holder kill, 1, holder has one successor, holder ends isolate, 2, holder alone has it,"
      " count begins, holder starts, 1, holder alone has it, holder announced it, vip settles"),
+    # whose old names are replaced while the others read them
+    ("who waits is known by name after all agents were replaced at once", 70, {},
+     "all forget, all delay, all ends forget, 12, all ends delay, vip settles"),
     # its ZooKeeper server has not noticed yet that it has no leader
     ("a rival is not taken for the host that let go a second before", 5, {},
      "first takes it, 1.1, first has a server without a leader, first unlock, 0.2, vip twice, vip single within 1"),

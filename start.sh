@@ -187,7 +187,7 @@ supervise() {
             echo "the agent ended with $status, next start in 1 s"
             sleep 1
         elif [[ -e $DEMO/pid ]]; then
-            echo "the agent was stopped; to start it again: sudo rm $stopped"
+            echo "the agent was stopped; to start it again: ${SUDO_USER:+sudo }rm $stopped"
             touch "$stopped"
             while [[ -e $stopped ]]; do sleep 0.3; done
         fi
@@ -202,6 +202,7 @@ follow() {
 }
 
 guide() {
+    local sudo=${SUDO_USER:+sudo }
     cat <<END
 
 Three hosts are up: node1 $1.1, node2 $1.2, node3 $1.3. Try, in another terminal:
@@ -209,22 +210,22 @@ Three hosts are up: node1 $1.1, node2 $1.2, node3 $1.3. Try, in another terminal
   # one virtual IP on all three hosts
   for n in 1 2 3; do curl -su link:link -X POST $1.\$n:1313/ips -d '{"ip": "$1.100/32"}'; done
   curl -su link:link $1.1:1313/ips        # who has it, as this host sees it: "bound", "wire", "reason"
-  ping $1.100
+  ping -i 0.2 $1.100
 
-  # pull the cable of node1 (of node2, node3: p2, p3), see who has it now, and put the cable back
-  sudo ip netns exec linksw ip link set p1 down
-  sudo ip netns exec linksw ip link set p1 up
-
-  # move it without a lost packet: node2 takes it, then gives it to another
-  curl -su link:link -X POST $1.2:1313/ips/$1.100/lock
-  curl -su link:link -X POST $1.2:1313/ips/$1.100/failover
+  # move it without a lost packet: node3 takes it, then gives it to another
+  curl -su link:link -X POST $1.3:1313/ips/$1.100/lock
+  curl -su link:link -X POST $1.3:1313/ips/$1.100/failover
 
   # stop the agent of node1 (of node2: link2): if it has the IP, another takes it first. Then start it again
-  sudo kill \$(sudo ip netns pids link1)
-  sudo rm $DEMO/node1/stopped
+  ${sudo}kill \$(${sudo}ip netns pids link1)
+  ${sudo}rm $DEMO/node1/stopped
 
   # let the agent of node1 crash: it is started again after a second, as systemd would, and nothing moves
-  sudo kill -9 \$(sudo ip netns pids link1)
+  ${sudo}kill -9 \$(${sudo}ip netns pids link1)
+
+  # pull the cable of node2 (of node1, node3: p1, p3), see who has the IP now, and put the cable back
+  ${sudo}ip netns exec linksw ip link set p2 down
+  ${sudo}ip netns exec linksw ip link set p2 up
 
 Ctrl-C ends the demo and removes everything. The logs:
 

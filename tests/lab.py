@@ -55,6 +55,14 @@ def run(*command: str) -> str:
     return done.stdout
 
 
+def version(commit: str) -> str:
+    """The program as it was then; AssertionError if that is not in git's history."""
+    try:
+        return run("git", "-c", "safe.directory=*", "-C", str(PROGRAM.parent), "show", f"{commit}:link.py")
+    except RuntimeError as error:
+        raise AssertionError(f"no history of git to get {commit} from (git fetch --unshallow?): {error}") from error
+
+
 def ip(namespace: str, *lines: str) -> str:
     """Run `ip` in a namespace, for each of these lines."""
     return "".join(run("ip", "-n", namespace, *line.split()) for line in lines)

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import lab
-from lab import Ear, Host, Lab, Observer, Result, Service, ZooKeeper, reap, run, wait_until
+from lab import Ear, Host, Lab, Observer, Result, Service, ZooKeeper, reap, wait_until
 
 Measured = dict[str, float]
 NEVER = math.inf
@@ -774,14 +774,6 @@ def to_another_ensemble(c: Cluster, host: Host) -> None:
             renew(c, next_version(c), each)
 
 
-def version_before() -> str:
-    """The program that is upgraded from; it is in git's history."""
-    try:
-        return run("git", "-c", "safe.directory=*", "-C", str(lab.PROGRAM.parent), "show", f"{BEFORE}:link.py")
-    except RuntimeError as error:
-        raise AssertionError(f"no history of git to upgrade from {BEFORE} (git fetch --unshallow?): {error}") from error
-
-
 # by hand
 
 
@@ -943,7 +935,7 @@ ROWS: tuple[Row, ...] = (
     Row("the holder's switch fails, no ZooKeeper; healed", trial(fault("isolate"), rest=5, who="any"),
         (*SPLIT, gap(1.4, once=1.4)), 5, zookeeper=0, families="46"),
     Row("rolling upgrade from the version before, no ZooKeeper", fine(upgrade, hold=1, who="same"), (LOST, RENEWED), 5,
-        zookeeper=0, program=version_before),
+        zookeeper=0, program=partial(lab.version, BEFORE)),
     Row("at rest, 1 IP, no ZooKeeper", idle, (*IDLE, Figure("most ARP at a port", "/s", 15)), 3, zookeeper=0),
     # a host dies
     Row("host death", death, DEATH, families="46"),
@@ -1009,7 +1001,7 @@ ROWS: tuple[Row, ...] = (
         (Figure("moves", "", 0), LOST, UNCHANGED, TWO_TOLD), quick={"session_timeout": 4}),
     Row("rolling upgrade by SIGHUP", fine(upgrade, hold=2, who="same"), (LOST, UNMOVED, RENEWED)),
     Row("rolling upgrade from the version before", fine(upgrade, hold=2, who="same"), (LOST, RENEWED), 5,
-        program=version_before),
+        program=partial(lab.version, BEFORE)),
     Row("all hosts reloaded, one after the other, without ZooKeeper, then with another ensemble",
         fine(to_another_ensemble, hold=2, who="same"), (LOST, UNMOVED, TWO_TOLD), 5, families="46"),
     # orders and stops

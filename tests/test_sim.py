@@ -19,6 +19,7 @@ of it. I4: every change has its reason in the history, no order is lost, nothing
 from __future__ import annotations
 
 import argparse
+import ast
 import functools
 import gc
 import heapq
@@ -54,6 +55,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import link
 import mutants
 from fakes import AtOnce, FakeNetwork, public, table
+from lab import version
 from link import Intent, Kind, Lock, State
 
 GATEWAY = "192.0.2.254"
@@ -61,12 +63,25 @@ VIPS = ("192.0.2.101/32", "2001:db8::102/128", "192.0.2.103/32")
 MEMORY = "/dev/shm"  # state directories lie there, where it is: the disk is not what is tested
 FOREVER = float("inf")
 VERBOSE = False
+BEFORE = "848a503"  # some hosts run this version, from before the redesign's last faults were mended
+SHARED = {"LinkError", "State", "Event", "Intent", "Lock", "Look", "Kind", "Heard", "Link"}  # the words of all versions
 READ_FRAME = functools.cache(link.read_frame)
 BARE = functools.cache(lambda ip: str(ip.ip))
 SAID = {kind: f"{kind.name.lower()}s" for kind in Kind}
 INTERFACE = functools.cache(link.ipaddress.ip_interface)
 FRAMES = functools.cache(lambda mac, low: REAL_FRAMES(mac, {6: low} if low else {}))
 REAL_FRAMES = link.Frames
+
+
+@functools.cache
+def earlier(commit: str) -> ModuleType:
+    """That version of the program, with this one's words: the simulation hands them from host to host."""
+    tree, module = ast.parse(version(commit)), ModuleType(f"link_{commit}")
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.ClassDef) and node.name in SHARED)]
+    sys.modules[module.__name__] = module
+    vars(module).update({name: getattr(link, name) for name in SHARED}, __file__=link.__file__)
+    exec(compile(tree, f"{commit}:link.py", "exec"), vars(module))
+    return module
 
 
 @dataclass(eq=False)
@@ -92,6 +107,7 @@ class Host(FakeNetwork):
     starved: float = 0.0  # every turn comes up to so many seconds late
     loses: bool = False  # the answer to its next write to ZooKeeper: the connection breaks when it has taken effect
     settings: dict[str, Any] = field(default_factory=dict)  # of this host alone
+    program: Any = link  # or an earlier version
     boot: int = 0
     agent: link.Api | None = None
     bound: dict[link.Address, float] = field(default_factory=dict)  # and until when
@@ -213,15 +229,15 @@ class Host(FakeNetwork):
         self.inbox.clear(), self.held.clear(), self.states.clear()
         world.active, self.began = self, world.time
         own = {**self.settings, "hostname": self.name, "state_dir": str(folder)}
-        config = link.make_config({**world.config, **own}, {}, {})
+        program, config = self.program, self.program.make_config({**world.config, **own}, {}, {})
         pool = AtOnce(check=lambda check, _: "HTTP status 503" if check.host in self.sick else "")
 
         def connect(agent: link.Agent) -> Any:
-            return (
-                link.Referee(config, world.now, agent.post, agent.referee_news) if world.zookeeper else link.NoReferee()
-            )
+            if not world.zookeeper:
+                return program.NoReferee()
+            return program.Referee(config, world.now, agent.post, agent.referee_news)
 
-        self.agent = link.Api(config, self, link.Store(config), connect, clock=world, pool=pool)
+        self.agent = program.Api(config, self, program.Store(config), connect, clock=world, pool=pool)
         self.upgrade = SimUpgrade(self, self.agent)
         self.agent.start()
         self.wake()
@@ -273,6 +289,7 @@ class Host(FakeNetwork):
             agent.save()
             self.kill()
             self.world.after(0.3, self.start)
+            self.program = self.world.programs[self.world.programs.index(self.program) - 1]
         self.agent = None
         self.world.note(self.name, "executes itself" if agent.execute else "has stopped")
 
@@ -704,7 +721,8 @@ class SimKazoo:
         steps: list[CheckVersion | Delete] = []
         paths = lambda kind: [step.path for step in steps if isinstance(step, kind)]  # noqa: E731
         commit = lambda: self._ask("multi", paths(CheckVersion), paths(Delete))  # noqa: E731
-        return SimpleNamespace(operations=steps, commit_async=commit)
+        add = lambda kind: lambda path, version=-1: steps.append(kind(path, version))  # noqa: E731
+        return SimpleNamespace(operations=steps, commit_async=commit, check=add(CheckVersion), delete=add(Delete))
 
     def _ask(self, call: str, *args: Any, watch: Callable[[Any], None] | None = None, **more: Any) -> Result:
         result, world = Result(), self._host.world
@@ -846,6 +864,7 @@ class World(link.Clock):
         self.stations = [*self.hosts, self.gateway]
         self.clients = [Host(self, "client", b"\x02\0\0\0\0\xfd", {}), Host(self, "islander", b"\x02\0\0\0\0\xfc", {})]
         self.active = self.gateway  # whose code runs
+        self.programs: list[Any] = [link]  # a reload executes the next one
         self.roles: dict[str, Host] = {}  # who had the first VIP at first, and who stood by
         self.history: list[str] = []
         self.transitions = 0
@@ -862,13 +881,15 @@ class World(link.Clock):
         put = self._patches.enter_context
         self.folder = Path(put(tempfile.TemporaryDirectory(dir=MEMORY if os.access(MEMORY, os.W_OK) else None)))
         frames = lambda mac, own: FRAMES(mac, own.get(6))  # noqa: E731
-        client = lambda config, session, said: SimKazoo(self.active, session)  # noqa: E731
+        client = lambda config, session, *_: SimKazoo(self.active, session)  # noqa: E731
         boot = lambda: f"{self.active.name}-{self.active.boot}"  # noqa: E731
         thread = lambda target, **_: SimpleNamespace(start=target, join=lambda wait: None)  # noqa: E731
-        put(mock.patch.multiple(link, Frames=frames, _kazoo_client=client, random=self.rng, boot_id=boot))
-        put(mock.patch.multiple(link, REFRESH=self.refresh, ThreadPoolExecutor=lambda *_: SimDisk(self.active)))
         timer = lambda delay, do, args: SimpleNamespace(start=lambda: self.active.later(delay, do, *args))  # noqa: E731
-        put(mock.patch.object(link, "threading", SimpleNamespace(Thread=thread, Timer=timer)))
+        mocks = {"Frames": frames, "_kazoo_client": client, "random": self.rng, "boot_id": boot}
+        mocks |= {"REFRESH": self.refresh, "ThreadPoolExecutor": lambda *_: SimDisk(self.active)}
+        mocks |= {"threading": SimpleNamespace(Thread=thread, Timer=timer)}
+        for program in self.programs:
+            put(mock.patch.multiple(program, **mocks))
         event = {"eventfd": lambda *_: self.stations.index(self.active), "eventfd_read": lambda _: 0}
         event["eventfd_write"] = lambda number, _: self.stations[number].wake()
         put(mock.patch.multiple(os, fsync=lambda _: None, fdatasync=lambda _: None, **event))
@@ -1113,7 +1134,7 @@ class World(link.Clock):
                 if len(names) != bool(sharers) or wrong:
                     self.blame(f"{vip}: bound on {names}, queue {queue}")
                 for host in sharers if self.zookeeper else ():
-                    known = link.show(host.agent.vips[BARE(vip)], host.agent.loop.now)["hosts"]
+                    known = host.program.show(host.agent.vips[BARE(vip)], host.agent.loop.now)["hosts"]
                     if known != [name for name, _ in queue]:
                         self.blame(f"{vip}: queue {queue}, known to {host.name} as {known}")
                 states = {h.name: h.states.get(BARE(vip)) for h in sharers}
@@ -1140,8 +1161,9 @@ class World(link.Clock):
             frames, times = sum(said[ip.version] for ip in host.bound), seconds / link.REFRESH
             if not frames * int(times / 1.1) <= claims <= frames * (times / 0.9 + 3):
                 self.blame(f"{host.name} has announced {len(host.bound)} IPs by {claims} frames in {seconds:.0f} s")
-            if turns > 100 * seconds or host.agent is not agent or link.troubles(agent):
-                self.blame(f"no rest for {host.name}: {turns} turns in {seconds:.0f} s, {link.troubles(agent)}")
+            trouble = agent.health()["trouble"]
+            if turns > 100 * seconds or host.agent is not agent or trouble:
+                self.blame(f"no rest for {host.name}: {turns} turns in {seconds:.0f} s, {trouble}")
         if self.server.zxid != zxid:
             self.blame(f"no rest for ZooKeeper: {self.server.zxid - zxid} changes in {seconds:.0f} s")
 
@@ -1180,15 +1202,22 @@ REST = (0.0, 0.0, 15.0, 45.0, 150.0)  # seconds between squalls: the longest tim
 ZOOKEEPER_KINDS = ("proxy", "zookeeper", "stall", "slow", "very slow", "cut", "lose", "leaderless", "unlock")
 
 
-def storm(seed: int) -> World:
-    """One run: a random configuration, rounds of random faults and peace; what is wrong is in `wrong`."""
-    rng, calm = random.Random(seed), random.Random(f"rest {seed}")
+def storm(seed: int, versions: bool = True) -> World:
+    """One run: a random configuration, rounds of random faults and peace; what is wrong is in `wrong`.
+
+    In every fourth one each host runs this version or an earlier one, and a reload executes the other.
+    """
+    rng, calm, mix = random.Random(seed), random.Random(f"rest {seed}"), random.Random(f"versions {seed}")
     zookeeper = rng.random() < 0.65
     strict = zookeeper and rng.random() < 0.25
     timeout, tick = (rng.choice((2.0, 4.0, 6.0)), rng.choice((0.1, 0.5, 2.0))) if zookeeper else (0.0, 0.1)
     config = {"session_timeout": timeout, "promise": "at-most-one"} if strict else {"session_timeout": timeout or 4.0}
     sick = rng.random() < 0.3
     world = World(seed, vips=VIPS[: rng.randint(1, 3)], zookeeper=zookeeper, checks=sick, tick=tick, **config)
+    if versions and mix.random() < 0.25:
+        world.programs.append(earlier(BEFORE))
+        for host in world.hosts:
+            host.program = mix.choice(world.programs)
     with world:
         world.zookeeper_on_lan = rng.random() < 0.5
         world.gateway.powered = rng.random() < 0.7
@@ -2323,7 +2352,25 @@ FOUND = (70,)  # what these have found is mended
 
 @table("seed", FOUND)
 def test_what_a_schedule_has_found_stays_mended(seed):
-    assert not storm(seed).wrong
+    assert not storm(seed, versions=False).wrong
+
+
+@table("zookeeper", [True, False])
+def test_a_rolling_upgrade_from_an_earlier_version_moves_nothing(zookeeper):
+    world = World(1, vips=VIPS, zookeeper=zookeeper)
+    world.programs.append(earlier(BEFORE))
+    for host in world.hosts:
+        host.program = earlier(BEFORE)
+    with world:
+        world.begin(rest=10)
+        holders, moved = [world.binders(vip) for vip in world.vips], world.transitions
+        for host in world.hosts:
+            host.reload()
+            world.run(4)
+        world.settled()
+        assert [world.binders(vip) for vip in world.vips] == holders and world.transitions == moved
+        assert {host.program for host in world.hosts} == {link}
+        assert not world.worst_gap and not world.worst_two and not world.wrong
 
 
 # -- bugs that are planted

@@ -4260,36 +4260,36 @@ class Upgrade:
             threading.Thread(target=self._prove, daemon=True).start()
 
     def _files(self) -> list[bytes]:
-        paths = [self._command[1], *(path for path in [config_path(self._argv)] if path)]
         with contextlib.suppress(OSError):
-            return [Path(path).read_bytes() for path in paths]
+            return [Path(path).read_bytes() for path in (self._command[1], config_path(self._argv)) if path]
         return []
 
     def _prove(self) -> None:
-        status, files = 127, self._files()
+        why, files = "exit code 127", self._files()
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            status = subprocess.run([*self._command, "--check"], timeout=3 * LONG, check=False).returncode
+            code = subprocess.run([*self._command, "--check"], timeout=3 * LONG, check=False).returncode
+            why = f"exit code {code}" if code else ""
         try:
-            for held in lock(load(self._argv)[0], but=self._agent.config) if not status else ():
+            config = load(self._argv)[0]
+            for held in lock(config, but=self._agent.config) if not why else ():
                 os.close(held)
+            why = why or Network(config.interface).sync(listen=False)[0].trouble * (not self._agent.kernel.link.trouble)
         except BlockingIOError:
-            status = 3
+            why = "another agent has that interface or state_dir"
         except Exception as error:  # the new program may understand what this one does not
             log.debug("reload: %s", error)
-        self._agent.post(self._proven, status, files, self._agent.clock.now() + 3)
+        self._agent.post(self._proven, why, files, self._agent.clock.now() + 3)
 
-    def _proven(self, status: int, files: list[bytes], deadline: float) -> None:
+    def _proven(self, why: str, files: list[bytes], deadline: float) -> None:
         agent, now = self._agent, self._agent.clock.now()
-        if not status and (agent.busy() or math.inf in [*self._clients.values()]) and now < deadline:
+        if not why and (agent.busy() or math.inf in [*self._clients.values()]) and now < deadline:
             if now > deadline - TICK:
                 agent.refuse("restarting")
-            again = threading.Timer(LINGER, agent.post, (self._proven, status, files, deadline))  # they get an answer
-            return again.start()
+            return threading.Timer(LINGER, agent.post, (self._proven, why, files, deadline)).start()  # to be answered
         self._proves = False
         if self._asked or files != self._files():
             self.ask()
-        elif status:
-            why = "another agent has that interface or state_dir" if status == 3 else f"exit code {status}"
+        elif why:
             log.error("reload: the new program or configuration is wrong (%s): going on as before", why)
             notify("READY=1")
         elif agent.stopping is None:

@@ -789,6 +789,29 @@ def test_a_reload_for_an_interface_or_state_directory_that_another_agent_has_is_
         os.close(held or 0)
 
 
+def test_a_reload_for_an_interface_that_cannot_serve_is_refused_where_the_present_one_can(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(link, "RUN", tmp_path / "run")
+    now = {"eth0": "", "eth1": "eth1 does not exist: name another interface, or make it"}
+    monkeypatch.setattr(
+        link, "Network", lambda name: SimpleNamespace(sync=lambda listen: [link.Link(trouble=now[name])])
+    )
+    file = tmp_path / "link.yml"
+    file.write_text(f"interface: eth0\nstate_dir: {tmp_path / 'a'}\n")
+    one = Reloaded(monkeypatch, file, 0, 0, 0)
+    one.goes.set()
+    file.write_text(f"interface: eth1\nstate_dir: {tmp_path / 'a'}\n")
+    one.agent.kernel = SimpleNamespace(link=link.Link(trouble=""))
+    one.upgrade.ask()
+    one.turn()
+    assert not one.agent.execute and now["eth1"] in caplog.text
+    one.agent.kernel = SimpleNamespace(link=link.Link(trouble="eth0 has no carrier"))
+    one.upgrade.ask()
+    one.turn()
+    assert one.agent.execute, "nothing is lost by it"
+
+
 @table("orders, rounds", [(0, 0), (3, 3), (1000, 60)])
 def test_a_reload_waits_for_orders_under_way_but_not_for_ever(tmp_path, orders, rounds):
     left, posted, now = iter(range(orders)), queue.SimpleQueue[Any](), itertools.count(0, 0.05)

@@ -1439,8 +1439,8 @@ class Referee:
 
 
 def _tell_granted(client: Any, granted: Callable[[float], None]) -> None:
-    """Have it say which session timeout it was granted, in seconds: kazoo has no public word, but reads for 2/3."""
-    connect = client._connection._connect
+    """Have kazoo say which session timeout it was granted (it reads for 2/3), and take no answer of two gigabytes."""
+    connect, read = client._connection._connect, client._connection._read
 
     def negotiated(*args: Any) -> Any:
         timeouts = connect(*args)
@@ -1448,6 +1448,7 @@ def _tell_granted(client: Any, granted: Callable[[float], None]) -> None:
         return timeouts
 
     client._connection._connect = negotiated
+    client._connection._read = lambda size, timeout: read(size * (size < 1 << 24), timeout)
 
 
 def _delete(client: Any, ours: Iterable[str], others: Iterable[str]) -> Any:
@@ -1501,11 +1502,10 @@ def _kazoo_client(config: Config, session: tuple[int, bytes] | None, said: Calla
 
     retry = KazooRetry(max_tries=-1, delay=0.1, max_delay=0.5, max_jitter=0.3)
     logger = logging.Logger("kazoo", logging.WARNING)
-    logger.addFilter(lambda record: said(record.getMessage()) is not None)
+    logger.addFilter(lambda record: said(record.getMessage().partition("Connect(")[0]) is not None)  # its password
     more: dict[str, Any] = {"handler": Handler(), "connection_retry": retry, "logger": logger}
     if auth := config.zookeeper_auth:
-        user, _, password = auth.partition(":")
-        more.update(auth_data=[("digest", auth)], default_acl=[make_digest_acl(user, password, all=True)])
+        more.update(auth_data=[("digest", auth)], default_acl=[make_digest_acl(*auth.split(":", 1), all=True)])
     if ca := config.zookeeper_tls_ca:
         cert, key = config.zookeeper_tls_cert or None, config.zookeeper_tls_key or None
         more.update(use_ssl=True, ca=ca, check_hostname=True, certfile=cert, keyfile=key)

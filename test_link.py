@@ -1954,6 +1954,28 @@ def test_why_zookeeper_is_out_of_reach_is_told_in_health_and_once_in_the_log(tmp
     assert referee.causes == ""
 
 
+def test_a_server_that_is_no_zookeeper_and_never_ends_is_left_soon_and_what_is_said_of_it_has_no_password(tmp_path):
+    said, sent = queue.SimpleQueue[str](), queue.SimpleQueue[int]()
+
+    def flood(server: socket.socket) -> None:
+        client, count = server.accept()[0], 0
+        with contextlib.suppress(OSError), client:  # it goes away
+            while count < 1 << 27:
+                count += client.send(b"@" * 65536)
+        sent.put(count)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        config = config_of(tmp_path, zookeeper=f"127.0.0.1:{server.getsockname()[1]}")
+        client = link._kazoo_client(config, (7, b"-secret-of-it-16"), said.put)
+        link._tell_granted(client, lambda timeout: None)
+        threading.Thread(target=flood, args=(server,), daemon=True).start()
+        client.start_async()
+        words = [said.get(timeout=20) for _ in range(2)]
+        assert sent.get(timeout=20) < 1 << 26
+        client.stop()
+    assert "secret" not in str(words) and "invalid server response" in words[1]
+
+
 def test_a_host_is_not_well_again_while_zookeeper_is_yet_to_be_reached(tmp_path):
     one = ByHand(tmp_path, **WITH_ZOOKEEPER)
     for state in ("connected", "connecting", "lost", "connecting", "connected"):

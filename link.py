@@ -1502,7 +1502,7 @@ def _kazoo_client(config: Config, session: tuple[int, bytes] | None, said: Calla
 
     retry = KazooRetry(max_tries=-1, delay=0.1, max_delay=0.5, max_jitter=0.3)
     logger = logging.Logger("kazoo", logging.WARNING)
-    logger.addFilter(lambda record: said(record.getMessage().partition("Connect(")[0]) is not None)  # its password
+    logger.addFilter(lambda r: bool(said(re.sub(r": Connect\(.*", "", r.getMessage()).replace("None", "timed out"))))
     more: dict[str, Any] = {"handler": Handler(), "connection_retry": retry, "logger": logger}
     if auth := config.zookeeper_auth:
         more.update(auth_data=[("digest", auth)], default_acl=[make_digest_acl(*auth.split(":", 1), all=True)])
@@ -3226,7 +3226,8 @@ def troubles(agent: Agent) -> list[str]:
     two = [vip for vip in vips if vip.at.rivalled > max(agent.loop.now - LONG, vip.at.rival_since + TICK)]
     also = "{} is on two hosts, here and at {}: remove it there, or give both hosts the same zookeeper"
     wrong += [also.format(vip.vip.ip, vip.story.rival.hex(":")) for vip in two[:3]]
-    wrong += [agent.hears_nobody] if any(agent.hears_nobody in vip.reason for vip in vips) else []
+    alone = agent.wire.deaf(agent.loop.now, None) > LONG or any(agent.hears_nobody in vip.reason for vip in vips)
+    wrong += [agent.hears_nobody] * alone
     twins = [host for host, record in agent.peers.items() if record.mac == link.mac.hex(":") != ""]
     wrong += [f"{twins[0]} has this host's MAC {link.mac.hex(':')}: give one of them its own"] if twins else []
     other = [host for host, record in agent.peers.items() if record.promise not in ("", agent.config.promise)]
@@ -4210,8 +4211,7 @@ def check(config: Config) -> None:
     except OSError as error:
         found = [f"was not looked at ({error})"]
     warnings += [f"{config.interface}: {trouble}" for trouble in found if trouble]  # the interface may come later
-    program = Path(config.on_change)
-    if config.on_change.startswith("/") and not (program.is_file() and os.access(program, os.X_OK)):
+    if (program := config.on_change).startswith("/") and not (os.path.isfile(program) and os.access(program, os.X_OK)):
         warnings.append("on_change: there is no such program, or it may not be executed")
     with contextlib.suppress(OSError):  # a reload is not to fail where the log's disk is full
         for warning in warnings:

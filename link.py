@@ -459,8 +459,7 @@ def patience(f: Facts) -> float:
     late = f.bound is not None and f.bound < TICK and (f.lock is Lock.UNKNOWN or f.bound - f.heard >= 2 * LINGER)
     if not f.trusted or (late and not f.lower and f.lock is not Lock.WAITING):
         return 2 * LINGER * f.lower  # if neither does
-    turn = 0 if f.lower else 1 if f.lock is Lock.WAITING else 2
-    return max(PATIENCE[turn], f.pace * (1.5 + 2 * f.lower))
+    return max(PATIENCE[0 if f.lower else 1 if f.lock is Lock.WAITING else 2], f.pace * (1.5 + 2 * f.lower))
 
 
 def _contend(f: Facts) -> bool:
@@ -748,8 +747,7 @@ class Wire:
     def view(self, address: str, now: float) -> WireView:
         """What was heard of an IP."""
         ear = self._ears[address]
-        staying = ear.heard - ear.since if ear.mac else 0.0
-        alone = now - max(ear.heard, ear.began)
+        staying, alone = ear.heard - ear.since if ear.mac else 0.0, now - max(ear.heard, ear.began)
         return WireView(ear.mac, now - ear.heard, staying, alone, ear.met, ear.unanswered, ear.pace)
 
     def deaf(self, now: float, but: Collection[str] | None) -> float:
@@ -1340,8 +1338,7 @@ class Referee:
         if place.busy or not self._connected or self._now() < place.not_before:
             return
         path, queue = place.path, place.queue
-        mine = [c.node for c in queue if c.session == self._own]
-        stands = place.want in (Want.IN, Want.FIRST)
+        mine, stands = [c.node for c in queue if c.session == self._own], place.want in (Want.IN, Want.FIRST)
         ahead = queue[: max(0, place.at(self._own))]
         out = mine[1:] if stands else mine  # twice: the answer to a create was lost
         out += [c.node for c in ahead if c.session == self._hosts.dead != 0]  # behind ours it would be alive
@@ -1682,8 +1679,7 @@ class Network:
                 sock.setsockopt(socket.SOL_SOCKET, 33, 1 << 23)  # SO_RCVBUFFORCE: a thousand IPs may answer at once
             self._filter(protocol, sock)
             if protocol == ETH_P_IPV6:
-                everyone = struct.pack("iHH8s", index, 2, 0, b"")  # struct packet_mreq, PACKET_MR_ALLMULTI
-                sock.setsockopt(SOL_PACKET, 1, everyone)  # PACKET_ADD_MEMBERSHIP
+                sock.setsockopt(SOL_PACKET, 1, struct.pack("iHH8s", index, 2, 0, b""))  # PACKET_ADD_MEMBERSHIP ALLMULTI
             sock.bind((self.name, protocol))  # nothing is heard before
         self._packets = packets
 
@@ -2029,9 +2025,10 @@ class Notices:
         """The process ends, or executes another program: a child would be nobody's."""
         if self.waiting:
             log.warning("on_change: changes that nobody was told of: %d", self.waiting)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             if self._child and self._child.returncode is None:
                 os.killpg(self._child.pid, signal.SIGKILL)
+                self._child.wait(TICK)  # else it stays, as a zombie, while the next program runs
 
     def _work(self, body: bytes, change: Mapping[str, Any]) -> None:
         trouble, web = "", "://" in self._target
@@ -2164,8 +2161,7 @@ class Vip:
         a, at, bound, unknown = self.agent, self.at, self.bound, lock.lock is Lock.UNKNOWN
         wire, link, given = a.wire.view(self.vip.address, now), a.kernel.link, now - at.given[1]
         heard = wire._asdict()
-        mac = heard.pop("mac")
-        holder = lock.queue[0] if lock.queue else Contender("", 0, "?")
+        mac, holder = heard.pop("mac"), lock.queue[0] if lock.queue else Contender("", 0, "?")
         known = bool(holder.session) and holder.host in a.peers
         foreign = bound and lock.lock is Lock.OTHER and not holder.session  # another program: nobody will answer
         judged = known and not bound and lock.lock in (Lock.OTHER, Lock.WAITING)
@@ -2198,8 +2194,7 @@ class Vip:
 
     def reconcile(self, now: float) -> float:
         """The one place from which anything is bound, unbound, joined or left; when it wants to be called again."""
-        due = self.checks.begin(now, self.agent.pool, self._post_result)
-        lock = self.lock(now)
+        due, lock = self.checks.begin(now, self.agent.pool, self._post_result), self.lock(now)
         self._note(lock, now)
         facts = self.facts(now, lock)
         decide_ = at_most_one if self.agent.config.at_most_one else decide
@@ -2390,8 +2385,7 @@ class Vip:
         Said once a minute while it goes on, as of a host whose agent was stopped and whose kernel keeps the address.
         """
         at, heard, mac = self.at, now - f.heard, self.agent.wire.view(self.vip.address, now).mac
-        rivalled = self.bound and at.leaving is None and f.other and heard > at.bound + TICK
-        if not rivalled or f.staying < PATIENCE[-1]:
+        if not (self.bound and at.leaving is None and f.other and heard > at.bound + TICK) or f.staying < PATIENCE[-1]:
             return
         new = heard - at.rivalled > (REFRESH + LONG if mac == self.story.rival else TICK)
         at.rivalled, at.rival_since = heard, heard if heard - at.rivalled > 2 * TICK else at.rival_since
@@ -2554,6 +2548,11 @@ class Store:
     def save_ip(self, address: str, vip: VirtualIP | None) -> Future[None]:
         """Add, replace or (None) remove; on disk when it is done. It raises LinkError; then nothing has changed."""
         return self._disk.submit(self._change, address, vip)
+
+    def found(self, config: Config) -> Collection[str]:
+        """The addresses that a process with this configuration would find; nothing is written meanwhile."""
+        other = Store(config)
+        return self._disk.submit(lambda: (other.read_ips(), other._entries)).result()[1]
 
     def _change(self, address: str, vip: VirtualIP | None) -> None:
         """One line and one fdatasync(2): cheaper than a file of a thousand IPs. A line may be applied twice."""
@@ -3641,10 +3640,8 @@ def openapi(agent: Api) -> dict[str, Any]:
 class Handler(http.server.BaseHTTPRequestHandler):
     """One request; runs in a thread of its own, asks the loop and waits with a deadline."""
 
-    protocol_version = "HTTP/1.1"
-    server_version = f"LinK/{VERSION}"
-    sys_version = ""
-    timeout = REQUEST_TIME
+    protocol_version, timeout = "HTTP/1.1", REQUEST_TIME
+    server_version, sys_version = f"LinK/{VERSION}", ""
     disable_nagle_algorithm = True  # head and body are two writes
     server: Server
 
@@ -4265,20 +4262,23 @@ class Upgrade:
         return []
 
     def _prove(self) -> None:
-        why, files = "exit code 127", self._files()
+        why, files, agent = "exit code 127", self._files(), self._agent
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             code = subprocess.run([*self._command, "--check"], timeout=3 * LONG, check=False).returncode
             why = f"exit code {code}" if code else ""
         try:
             config = load(self._argv)[0]
-            for held in lock(config, but=self._agent.config) if not why else ():
+            for held in lock(config, but=agent.config) if not why else ():
                 os.close(held)
-            why = why or Network(config.interface).sync(listen=False)[0].trouble * (not self._agent.kernel.link.trouble)
+            why = why or Network(config.interface).sync(listen=False)[0].trouble * (not agent.kernel.link.trouble)
+            kept = {*agent.store.found(config), *(vip.address for c in (config, agent.config) for vip in c.virtual_ips)}
+            lost = [ip for ip, vip in [*agent.vips.items()] if vip.intent is Intent.RUN and ip not in kept]
+            why = why or f"{config.state_dir} has not {', '.join(lost[:3])}: take its ips.* along" * bool(lost)
         except BlockingIOError:
             why = "another agent has that interface or state_dir"
         except Exception as error:  # the new program may understand what this one does not
             log.debug("reload: %s", error)
-        self._agent.post(self._proven, why, files, self._agent.clock.now() + 3)
+        agent.post(self._proven, why, files, agent.clock.now() + 3)
 
     def _proven(self, why: str, files: list[bytes], deadline: float) -> None:
         agent, now = self._agent, self._agent.clock.now()

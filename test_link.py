@@ -812,6 +812,32 @@ def test_a_reload_for_an_interface_that_cannot_serve_is_refused_where_the_presen
     assert one.agent.execute, "nothing is lost by it"
 
 
+def test_a_reload_that_would_lose_ips_that_were_added_is_refused(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(link, "RUN", tmp_path / "run")
+    monkeypatch.setattr(link, "Network", lambda name: SimpleNamespace(sync=lambda listen: [link.Link(trouble="")]))
+    file, kept, new = tmp_path / "link.yml", "10.0.0.21", tmp_path / "new"
+    text = "interface: eth0\nstate_dir: {}\n{}\n"
+    file.write_text(text.format(tmp_path, "ips: [{ip: 10.0.0.10}]"))
+    one, agent = Reloaded(monkeypatch, file, *[0] * 4), ByHand(tmp_path, ips=[{"ip": VIP}]).agent
+    one.goes.set()
+    agent.store.save_ip(kept, vip := link.VirtualIP(ipaddress.ip_interface(kept))).result()
+    agent._manage(vip)
+    one.agent.store, one.agent.vips, one.agent.kernel = agent.store, agent.vips, agent.kernel
+
+    def reloads(where: Path, ips: str) -> bool:
+        file.write_text(text.format(where, ips))
+        one.agent.execute = None
+        one.upgrade.ask()
+        one.turn()
+        return bool(one.agent.execute)
+
+    assert reloads(tmp_path, ""), "what was configured may go"
+    assert not reloads(new, "ips: [{ip: 10.0.0.10}]") and f"{new} has not {kept}: take its ips.* along" in caplog.text
+    assert reloads(new, f"ips: [{{ip: {kept}}}]"), "it is configured now"
+    agent.vips[kept].intent = link.Intent.DELETE
+    assert reloads(new, "")
+
+
 @table("orders, rounds", [(0, 0), (3, 3), (1000, 60)])
 def test_a_reload_waits_for_orders_under_way_but_not_for_ever(tmp_path, orders, rounds):
     left, posted, now = iter(range(orders)), queue.SimpleQueue[Any](), itertools.count(0, 0.05)
@@ -2617,8 +2643,9 @@ def test_a_program_under_way_ends_with_the_agent(tmp_path):
     hooked.notices.tell({"ip": "10.0.0.1"})
     until(lambda: file.exists() and hooked.notices._child)
     hooked.notices.end()
+    assert not Path(f"/proc/{file.read_text().strip()}").exists(), "nor is it a zombie of the next program"
     until(lambda: not hooked.notices.waiting)
-    assert "exit code -9" in hooked.notices.trouble and not Path(f"/proc/{file.read_text().strip()}").exists()
+    assert "exit code -9" in hooked.notices.trouble
 
 
 @contextlib.contextmanager

@@ -152,8 +152,7 @@ ENDPOINT = _object("endpoint", "plugin_config", plugin=_text("arp", "^arp$"),
 
 def valid(value: Any, shape: Shape, what: str = "", of: str = "") -> Any:
     """The value, if it has this shape. Raises Invalid."""
-    of = shape.get("title", of)
-    right = JSON_TYPES.get(type(value)) in shape["type"]
+    of, right = shape.get("title", of), JSON_TYPES.get(type(value)) in shape["type"]
     if isinstance(value, int):
         right = right and shape["minimum"] <= value <= shape["maximum"]
     if isinstance(value, str):
@@ -679,7 +678,7 @@ class Wire:
         self._streams: dict[tuple[Look, bytes], _Stream] = {}
         self._moved: dict[_Ear, None] = {}  # may belong to another stream now
         self._witnesses: dict[str, _Witness] = {}
-        self._heard = -math.inf  # anybody
+        self._heard = [-math.inf, -math.inf]  # anybody, by IPv4 and by IPv6
         self._others: dict[tuple[Kind, bytes], float] = {}  # who asks for our IPs (ASK) or claims them, and when last
         self._due = math.inf
         self.round_trip = math.nan  # seconds from the last probe that a holder has answered to its answer
@@ -750,13 +749,16 @@ class Wire:
         staying, alone = ear.heard - ear.since if ear.mac else 0.0, now - max(ear.heard, ear.began)
         return WireView(ear.mac, now - ear.heard, staying, alone, ear.met, ear.unanswered, ear.pace)
 
-    def deaf(self, now: float, but: Collection[str] | None) -> float:
+    def deaf(self, now: float, but: Collection[str] | None, of: str = "") -> float:
         """For how long no witness has answered, but for these (the accused's own); 0: one does, or none ever did.
 
-        Without an accused (None) any frame is proof enough that has come since they were asked.
+        Without an accused (None) any frame is proof enough that has come since they were asked. For an address (`of`)
+        its IP version counts, if such a witness has ever answered: who loses neighbour discovery may still hear ARP.
         """
-        owing = [w.asked for address, w in self._witnesses.items() if w.met and address not in (but or ())]
-        if not owing or (but is None and self._heard >= max(owing) and now - self._heard <= TICK):
+        met = {address: w.asked for address, w in self._witnesses.items() if w.met and address not in (but or ())}
+        same = [asked for address, asked in met.items() if of and (":" in address) is (":" in of)]
+        owing, heard = same or met.values(), self._heard[":" in of] if same else max(self._heard)
+        if not owing or (but is None and heard >= max(owing) and now - heard <= TICK):
             return 0.0
         return max(0.0, now - max(owing) - self._interval * self.QUICK / 2)
 
@@ -778,10 +780,10 @@ class Wire:
 
     def hear(self, heard: Heard, known: bool, now: float) -> bool:
         """Take in a frame, and whether it is news; `known`: its sender is a host of ours, as far as can be told."""
-        self._heard = now
+        self._heard[":" in heard.address] = now
         witness, ear = self._witnesses.get(heard.address), self._ears.get(heard.address)
         if witness and heard.kind is Kind.CLAIM:
-            if self.deaf(now, ()) > self._interval:
+            if self.deaf(now, (), heard.address) > self._interval:
                 self.distrust()  # what was asked while nobody could be heard says nothing
             witness.met, witness.asked = True, math.inf
         if ear is None or not (known or (heard.kind is Kind.CLAIM and (heard.broadcast or heard.mac == ear.mac))):
@@ -997,8 +999,7 @@ class NoReferee:
     rest, causes = 3.5, ""  # probe intervals between two questions while all is answered: every standby asks the holder
     records: Mapping[str, Record] = MappingProxyType({})
     start = stop = want = tick = ask = distrust = publish = staticmethod(lambda *_: None)
-    view = staticmethod(lambda *_: LockView())
-    age = staticmethod(lambda now: math.inf)
+    view, age = staticmethod(lambda *_: LockView()), staticmethod(lambda now: math.inf)
 
 
 @dataclass(eq=False)
@@ -1200,9 +1201,9 @@ class Referee:
         """What ZooKeeper said may be old: ask the leader, and list the queue (or all) again."""
         self._hosts.asked = self._hosts.asked if address else {}
         self._ask(None, "sync", self._hosts.path)  # answered before the listings are
-        for place in [self._places[address]] if address else tuple(self._places.values()):
-            place.stale, place.heeded, place.listed = True, False, place.listed if address else -math.inf
-            self._next(place)
+        for at in [self._places[address]] if address else tuple(self._places.values()):
+            at.stale, at.heeded, at.listed = True, False, at.listed if at.address == address else -math.inf
+            self._next(at)
 
     def _oldest(self) -> float:
         """When the oldest request was sent that has no answer; inf: there is none."""
@@ -2177,7 +2178,7 @@ class Vip:
             needed=a.config.probe_count,
             nameless=self.vip.ip.version == 6 and 6 not in a.kernel.own,
             blind=not link.arp or foreign,
-            deaf=min(a.wire.deaf(now, accused), wire.alone),  # who has it now has had no time yet to answer
+            deaf=min(a.wire.deaf(now, accused, self.vip.address), wire.alone),  # a new holder has had no time
             empty=now - at.empty if at.empty is not None else 0.0,
             bound=now - at.bound if bound else None,
             trusted=at.trusted > a.loop.distrusted,
@@ -2196,8 +2197,7 @@ class Vip:
         """The one place from which anything is bound, unbound, joined or left; when it wants to be called again."""
         due, lock = self.checks.begin(now, self.agent.pool, self._post_result), self.lock(now)
         self._note(lock, now)
-        facts = self.facts(now, lock)
-        decide_ = at_most_one if self.agent.config.at_most_one else decide
+        facts, decide_ = self.facts(now, lock), at_most_one if self.agent.config.at_most_one else decide
         while (decision := decide_(self.state, facts)).event is not None:
             self._enter(decision.event, decision.reason, now)
         if self.state is State.FAILING and facts.rank < math.inf:  # from the start: no event has led to it
@@ -2246,7 +2246,7 @@ class Vip:
             self.took, at.quiet = (0, ""), now + QUIET
             log.warning("vip=%s who was taken for dead lives: no take-over for %.0f s", self.vip.ip, QUIET)
         wire, bound, fit = a.wire.view(address, now), self.bound, not self.trouble(now)
-        silent = wire.unanswered >= a.config.probe_count > 0 and not a.wire.deaf(now, None)
+        silent = wire.unanswered >= a.config.probe_count > 0 and not a.wire.deaf(now, None, self.vip.address)
         if bound and (lock.lock is Lock.MINE or silent or not a.kernel.link.arp):
             at.trusted = now
         asked = not fit or any(now - told <= TICK for told in self.gave.values())

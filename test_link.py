@@ -1609,6 +1609,18 @@ def test_a_standby_is_not_deaf_before_a_new_holder_has_been_asked_and_had_the_ti
     )
 
 
+def test_who_loses_neighbour_discovery_alone_is_deaf_for_ipv6_and_not_for_ipv4():
+    wire = link.Wire(0.05, 2.5, 3, lambda frames: None)
+    wire.witnesses(["10.0.0.99", "fd77::99"])
+    for witness in ("10.0.0.99", "fd77::99"):
+        wire.hear(link.Heard(witness, OTHER_MAC, CLAIM, False), False, 0.5)
+    wire._ask_witnesses(1.0)
+    wire.hear(link.Heard("10.0.0.99", OTHER_MAC, CLAIM, False), False, 1.001)
+    for accused in ((), ("10.0.0.2",), None):
+        assert wire.deaf(1.9, accused, ADDRESS) == wire.deaf(1.9, accused) == 0 < wire.deaf(1.9, accused, "fd77::1")
+    assert wire.deaf(1.9, ("fd77::99",), "fd77::1") == 0, "the other is all that is left"
+
+
 def test_a_new_ip_is_heard_at_once_and_the_kernel_is_told_the_whole_list_once_for_many(tmp_path):
     one, told = ByHand(tmp_path), list[set[str] | None]()
     one.run(2)
@@ -1970,6 +1982,16 @@ def test_a_zookeeper_that_is_only_slow_is_not_said_to_end_sessions(tmp_path):
     one._on_state((1, b""), False)
     one._on_state(None, False)  # this time it was the server
     assert "ends each session at once" in one.refused
+
+
+def test_a_zookeeper_that_has_ended_the_session_of_a_suspended_host_is_not_said_to_end_each(tmp_path):
+    one = link.Referee(config_of(tmp_path, **WITH_ZOOKEEPER), lambda: 0.0, lambda *_: None, lambda _: None)
+    one._client = mock.MagicMock()
+    one._on_state((1, b""), False)
+    one._listed(one._hosts, [], 0.0)
+    one.distrust()  # the loop was late
+    one._on_state(None, True)
+    assert one.refused == ""
 
 
 def test_why_zookeeper_is_out_of_reach_is_told_in_health_and_once_in_the_log(tmp_path, caplog):

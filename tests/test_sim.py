@@ -671,7 +671,7 @@ class SimKazoo:
         self.client_id, self.last_zxid = session, 0
         routine = SimpleNamespace(is_alive=lambda: self.client_state != "CLOSED")
         granted = lambda: (self._server.timeout * 2000 / 3, 0)  # noqa: E731
-        self._connection = SimpleNamespace(_connect=granted, _socket=self, _connection_routine=routine)
+        self._connection = SimpleNamespace(_connect=granted, _read=None, _socket=self, _connection_routine=routine)
         self._say: Callable[[str], None] = lambda state: None
         self._calls: dict[Result, Callable[[Line], Any]] = {}  # what waits for an answer, sent or not
         self._watches: dict[tuple[str, str], dict[Callable[[Any], None], None]] = {}

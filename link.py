@@ -3991,8 +3991,7 @@ def _wrong_values(c: Config) -> Iterator[tuple[str, Any]]:
     right = re.fullmatch(r"[0-9A-Za-z][\w.-]{0,252}", c.hostname, re.ASCII)
     yield "hostname", not right and f"{c.hostname!r} is not a host name"
     yield "interface", not c.interface and "required; name the one that carries the virtual IPs, e.g. interface: eth0"
-    right = re.fullmatch(r"[^\s/]{1,15}", c.interface)
-    yield "interface", not right and f"{c.interface!r} is not an interface name"
+    yield "interface", not re.fullmatch(r"[^\s/]{1,15}", c.interface) and f"{c.interface!r} is not an interface name"
     yield "zookeeper", _wrong_ensemble(c)
     yield "zookeeper_auth", c.zookeeper_auth and ":" not in c.zookeeper_auth and "must be user:password"
     short = c.at_most_one and c.session_timeout < 2
@@ -4005,15 +4004,16 @@ def _wrong_values(c: Config) -> Iterator[tuple[str, Any]]:
     slow = c.probe_interval * max(c.probe_count, 1) >= c.session_timeout
     yield "probe_interval", slow and "probe_interval * probe_count must be less than session_timeout; lower one"
     yield "probe_count", c.probe_count == 1 and "one lost packet is no silence; use 0, or 2 or more"
-    blind = not c.probe_count and not c.zookeeper
-    yield "probe_count", blind and "without zookeeper the wire decides: set it, or use 2 or more"
+    alone = not c.zookeeper
+    yield "probe_count", alone and not c.probe_count and "without zookeeper the wire decides: set it, or use 2 or more"
     scoped = [witness for witness in c.witness_addresses if "%" in witness]
     yield "witnesses", scoped and f"{scoped[0]}: leave out the scope, it is the interface"
     own = [witness for witness in c.witness_addresses if witness in [vip.address for vip in c.virtual_ips]]
     yield "witnesses", own and f"{own[0]} is one of ips, and proves nothing; name an address of somebody else"
-    alone = c.at_most_one and not c.zookeeper
-    yield "promise", alone and "at-most-one needs ZooKeeper; set zookeeper, or use at-least-one"
+    yield "promise", alone and c.at_most_one and "at-most-one needs ZooKeeper; set zookeeper, or use at-least-one"
     names = [vip.address for vip in c.virtual_ips]
+    own = [name for name in names if re.search(rf"(^|,)\[?{re.escape(name)}\]?:", c.zookeeper)]
+    yield "ips", own and f"{own[0]} is an address that ZooKeeper has for itself; remove it"
     yield "ips", len({*names}) < len(names) and f"{max(names, key=names.count)} is there twice; remove one"
     yield "ips", len(names) > c.max_ips and f"{len(names)} IPs are more than max_ips ({c.max_ips}); raise max_ips"
 

@@ -518,6 +518,8 @@ BAD_VALUES: dict[str, list[tuple[Any, str]]] = {  # key: value, or several keys;
     "state_dir": [("a\0b", "control characters"), ("\x1b[2J", "control"), ("\udc80", "control"), ("", "whole path")],
     "ips": [
         ({"max_ips": 1, "ips": [{"ip": "10.0.0.1"}, {"ip": "10.0.0.2"}]}, "raise max_ips"),
+        ({"zookeeper": "z:1,10.0.0.1:2181", "ips": [{"ip": "10.0.0.1"}]}, "10.0.0.1 is an address that ZooKeeper has"),
+        ({"zookeeper": "[fd77::1]:2181,z:1", "ips": [{"ip": "fd77::1"}]}, "ZooKeeper has for itself; remove it"),
         ({"ips": {"ip": "10.0.0.1"}}, "list"), (["10.0.0.1"], "object"), ([{"ip": "10.0.0.0/8"}], "network address"),
         ([{"ip": "10.0.0.1", "colour": 1}], "'colour'"), ([{"ip": "10.0.0.1", "id": 5}], "id"),
         ([{"ip": "10.0.0.1"}, {"ip": "10.0.0.1/24"}], "remove one"),

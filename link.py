@@ -4262,7 +4262,7 @@ class Upgrade:
         return []
 
     def _prove(self) -> None:
-        why, files, agent = "exit code 127", self._files(), self._agent
+        why, files, agent = f"--check could not be run to its end in {3 * LONG:g} s", self._files(), self._agent
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             code = subprocess.run([*self._command, "--check"], timeout=3 * LONG, check=False).returncode
             why = f"exit code {code}" if code else ""
@@ -4420,8 +4420,8 @@ def main(argv: Sequence[str]) -> int:
     except Exception as error:
         code = 3 if held is None and isinstance(error, BlockingIOError) else 1
         other = f"another agent runs on interface {config.interface} or with state_dir {config.state_dir}"
-        why = f"{other}: stop it, or give this one its own" if code == 3 else "the agent has failed"
-        log.error("%s", why, exc_info=code == 1)
+        why = f"{other}: stop it, or give this one its own" if code == 3 else f"the agent has failed: {error}"
+        log.error("%s", why, exc_info=code == 1 and not getattr(error, "filename", None))  # a file says enough
     written()
     return code
 

@@ -670,6 +670,9 @@ def test_a_wrong_configuration_exits_2_and_a_second_agent_exits_3(tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         code, said = run("--interface", "lo", "--state-dir", str(tmp_path), "--listen", "127.0.0.1:0")
     assert code == 3 and str(tmp_path) in said
+    (tmp_path / "ips.journal").mkdir()
+    code, said = run("--interface", "lo", "--state-dir", str(tmp_path), "--listen", "127.0.0.1:0")
+    assert code == 1 and f"failed: [Errno 21] Is a directory: '{tmp_path}/ips.journal'" in said and "Trace" not in said
 
 
 def test_one_agent_per_interface_and_state_directory_and_nobody_else_can_hold_their_locks(tmp_path, monkeypatch):
@@ -812,6 +815,16 @@ def test_a_reload_for_an_interface_that_cannot_serve_is_refused_where_the_presen
     one.upgrade.ask()
     one.turn()
     assert one.agent.execute, "nothing is lost by it"
+
+
+def test_a_reload_whose_proof_hangs_is_refused_with_that_reason(tmp_path, monkeypatch, caplog):
+    file = tmp_path / "link.yml"
+    file.write_text("interface: eth0\n")
+    one = Reloaded(monkeypatch, file)
+    monkeypatch.setattr(subprocess, "run", mock.Mock(side_effect=subprocess.TimeoutExpired("link.py", 30)))
+    one.upgrade.ask()
+    one.turn()
+    assert not one.agent.execute and "--check could not be run to its end in 30 s" in caplog.text
 
 
 def test_a_reload_that_would_lose_ips_that_were_added_is_refused(tmp_path, monkeypatch, caplog):

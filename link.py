@@ -410,8 +410,7 @@ def decide(state: State, f: Facts) -> Decision:
     last = f.lock in (Lock.UNKNOWN, Lock.NOBODY) and (f.unsure or not f.fit) and f.alone > TICK * (1 + 0.3 * f.rank)
     take = (f.fit and (mine or (orphan and (silent or f.blind)))) or (silent and last)
     again = state is State.ACTIVATED and f.bound is None and f.lock is not Lock.OTHER and not f.other
-    ours = runs and not beaten and (take or again)
-    late = f.leaving is not None and f.leaving > TICK
+    ours, late = runs and not beaten and (take or again), f.leaving is not None and f.leaving > TICK
     gone = late and f.lock is Lock.OTHER and (f.blind or not f.needed or f.deaf > 0)
     if f.intent is Intent.DELETE:
         gone = late or not (f.successor or f.lock is Lock.WAITING)
@@ -3218,14 +3217,16 @@ class Agent:
 
 def troubles(agent: Agent) -> list[str]:
     """What is wrong with this host, in words that name the remedy."""
-    link, referee, vips = agent.kernel.link, agent.referee, agent.vips.values()
+    link, referee, vips, now = agent.kernel.link, agent.referee, agent.vips.values(), agent.loop.now
     lost = ": ".join(filter(None, ["ZooKeeper is lost", referee.causes])) * (referee.state == "lost")
     wrong = [link.trouble or agent.kernel.error, agent.network.send_error, lost, referee.refused]
     wrong += sorted({link.trouble6 if vip.vip.ip.version == 6 else link.trouble4 for vip in vips})
-    two = [vip for vip in vips if vip.at.rivalled > max(agent.loop.now - LONG, vip.at.rival_since + TICK)]
+    two = [vip for vip in vips if vip.at.rivalled > max(now - LONG, vip.at.rival_since + TICK)]
     also = "{} is on two hosts, here and at {}: remove it there, or give both hosts the same zookeeper"
     wrong += [also.format(vip.vip.ip, vip.story.rival.hex(":")) for vip in two[:3]]
-    alone = agent.wire.deaf(agent.loop.now, None) > LONG or any(agent.hears_nobody in vip.reason for vip in vips)
+    kept = [v for v in vips if v.bound and now - (v.at.leaving or now) > LONG and v.lock(now).lock is Lock.OTHER][:3]
+    wrong += [f"{v.vip.ip} is kept: {v.lock(now).queue[0].host} has the lock but is silent; mend the LAN" for v in kept]
+    alone = agent.wire.deaf(now, None) > LONG or any(agent.hears_nobody in vip.reason for vip in vips)
     wrong += [agent.hears_nobody] * alone
     twins = [host for host, record in agent.peers.items() if record.mac == link.mac.hex(":") != ""]
     wrong += [f"{twins[0]} has this host's MAC {link.mac.hex(':')}: give one of them its own"] if twins else []
@@ -4248,7 +4249,7 @@ class Upgrade:
         self._command = [sys.executable, os.path.abspath(__file__), *argv]
         self._asked = self._proves = False
 
-    def ask(self) -> None:
+    def ask(self, *_: object) -> None:
         """Loop thread only."""
         self._asked = True
         if not self._proves and self._agent.stopping is None:
@@ -4313,8 +4314,7 @@ def serve(config: Config, argv: Sequence[str], written: Callable[[], None]) -> N
     clients, stops = dict[Any, float](), list[int]()
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    upgrade = Upgrade(agent, argv, clients)
-    signal.signal(signal.SIGHUP, lambda *_: agent.post(upgrade.ask))
+    signal.signal(signal.SIGHUP, functools.partial(agent.post, Upgrade(agent, argv, clients).ask))
     agent.start()
     threading.Thread(target=serve_api, args=(agent, clients), daemon=True, name="http").start()
     log.info("LinK %s on %s: interface %s, API on %s", VERSION, config.hostname, config.interface, config.listen)

@@ -1924,6 +1924,23 @@ def test_health_tells_that_nobody_is_heard_also_of_a_host_that_has_taken_the_ip_
     assert one.ip()["bound"] and one.agent.health()["healthy"]
 
 
+def test_health_tells_of_an_ip_that_is_kept_while_who_has_its_lock_is_not_heard(tmp_path):
+    one = ByHand(tmp_path, FakeNetwork(arp=True), **WITH_ZOOKEEPER)
+    one.run(1)
+    theirs, ours = (link.Contender(f"a__lock__000000000{n}", n, f"node{n}") for n in (2, 1))
+    assert one.ip()["bound"]
+    one.agent.referee.queues[ADDRESS] = (theirs, ours)
+    one.agent.post(one.agent.referee_news, ADDRESS)
+    one.run(5)
+    assert one.ip()["bound"] and one.agent.health()["healthy"], "it may be about to take it"
+    one.run(6)
+    assert one.ip()["bound"]
+    assert one.agent.health()["trouble"] == [f"{VIP} is kept: node2 has the lock but is silent; mend the LAN"]
+    one.network.incoming.append(link.Heard(ADDRESS, OTHER_MAC, CLAIM, True))
+    one.run(0.2)
+    assert not one.ip()["bound"] and one.agent.health()["healthy"]
+
+
 def test_the_lock_of_a_host_that_promises_at_most_one_is_taken_over_by_nobody(tmp_path):
     one = ByHand(tmp_path, FakeNetwork(arp=True), **WITH_ZOOKEEPER)
     theirs, ours = (link.Contender(f"a__lock__000000000{n}", n, f"node{n}") for n in (2, 1))

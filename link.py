@@ -2440,7 +2440,7 @@ class Vip:
         if facts.lock is Lock.UNKNOWN:
             heard = facts.successor or now - self.agent.loop.distrusted <= 2 * TICK  # who was late has heard nobody yet
             return heard and min(facts.leaving or 0.0, referee.age(now) - referee.timeout) < 2 * TICK
-        return facts.lock is Lock.MINE or facts.successor or facts.heard <= TICK
+        return facts.lock in (Lock.MINE, Lock.WAITING) or facts.successor or facts.heard <= TICK
 
     def _due(self, f: Facts, now: float) -> float:
         """When to look again without any news: soon while something moves, else now and then."""

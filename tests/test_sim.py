@@ -2071,6 +2071,15 @@ def test_when_kazoos_thread_dies_its_client_is_ended_and_another_one_goes_on_wit
     assert holder.kazoo.client_id == session and w.binders() == [holder] and w.transitions == 1
 
 
+@story(8)
+def test_a_stop_right_after_a_restart_waits_for_zookeepers_word_and_hands_over(w, holder):
+    holder.kill()
+    holder.start()
+    holder.sigterm()
+    w.run(8)
+    assert not holder.agent and len(w.binders()) == 1 and w.binders() != [holder]
+
+
 @story([1])
 def test_what_is_asked_when_the_connection_is_gone_and_nobody_has_said_so_yet_is_not_kept_for_later(w, first):
     first.kazoo.line = None

@@ -1007,7 +1007,7 @@ class _Place:
 
     address: str
     path: str
-    watch: Callable[[Any], None]
+    watch: Callable[[str, str], Callable[[Any], None]]  # of an address, of a host: kazoo keeps each until it fires
     want: Want = Want.WATCH
     queue: tuple[Contender, ...] = ()  # as last listed
     listed: float = -math.inf  # when that was asked for; -inf: not since the last connect, or doubt
@@ -1103,7 +1103,7 @@ class Referee:
     def __init__(self, config: Config, now: Callable[[], float], post: Any, news: Callable[[str], None]) -> None:
         self._config, self._now, self._post, self._news = config, now, post, news
         self._client: Any = None
-        watch = functools.partial(post, self._fired, "", "")
+        watch = functools.cache(functools.partial(functools.partial, post, self._fired))  # never two for one node
         self._places: dict[str, _Place] = {"": _Hosts("", f"{config.ensemble[1]}/hosts", watch)}
         self._out: dict[object, tuple[float, str]] = {}  # requests: when each was sent, and what it asks
         self._later: deque[Callable[[], None]] = deque()  # what does not fit into the window
@@ -1256,8 +1256,8 @@ class Referee:
         """Call kazoo's `<call>_async`; `then` gets the value, or the exception that says no, and when it was asked."""
         if place:
             place.busy = True
-        if not self._connected or not self._client.connected:
-            return  # else kazoo would keep it, and send it when it is connected again: too late to be true
+        if not self._connected or self._client.client_id != self.session:
+            return  # else kazoo would send it when it is connected again, maybe in another session: too late to be true
         if len(self._out) >= self.WINDOW and call != "sync":  # that goes before the listings which wait for its word
             first = place in (None, self._hosts) or place.want is Want.FIRST
             send = functools.partial(self._ask, place, call, *args, then=then, **more)
@@ -1309,8 +1309,8 @@ class Referee:
     def want(self, address: str, want: Want) -> None:
         """The place that we want in the queue of an address; following it begins with the first call."""
         if (place := self._places.get(address)) is None:
-            watch = functools.partial(self._post, self._fired, address, "")
-            place = self._places[address] = _Place(address, f"{self._config.ensemble[1]}/ips/{address}", watch)
+            path = f"{self._config.ensemble[1]}/ips/{address}"
+            place = self._places[address] = _Place(address, path, self._hosts.watch)
         place.want, place.heeded = want, True
         self._next(place)
 
@@ -1344,7 +1344,7 @@ class Referee:
         out += [c.node for c in ahead if c.session == self._hosts.dead != 0]  # behind ours it would be alive
         if place.stale:
             place.stale = False  # not when it is answered: kazoo may tell of a watch before of the listing that set it
-            self._ask(place, "get_children", path, then=self._listed, watch=place.watch)
+            self._ask(place, "get_children", path, then=self._listed, watch=place.watch(place.address, ""))
         elif isinstance(place, _Hosts):
             place.next(self._config.hostname, self._own, self._ask)
         elif not place.heeded and place.want is not Want.GONE:
@@ -1408,8 +1408,8 @@ class Referee:
         if gone:
             self._news("")
         for host in new:
-            read, watch = functools.partial(self._read, host), functools.partial(self._post, self._fired, "", host)
-            self._ask(place, "get", f"{place.path}/{host}", then=read, watch=watch)
+            read = functools.partial(self._read, host)
+            self._ask(place, "get", f"{place.path}/{host}", then=read, watch=place.watch("", host))
 
     def _read(self, host: str, hosts: _Hosts, answer: Any, _: float) -> None:
         if isinstance(answer, Exception):
@@ -2016,7 +2016,7 @@ class Notices:
         """Loop thread only; never waits."""
         if self._target and self.waiting < self.MOST:
             self.waiting += 1
-            with contextlib.suppress(RuntimeError):  # no thread is to be had now: it is kept until the next one
+            with contextlib.suppress(RuntimeError):  # the end; or no thread is to be had now: kept until the next one
                 self._pool.submit(self._work, json.dumps(change).encode(), change)
         elif self._target:
             self._told(f"more than {self.MOST} changes wait", 0)
@@ -2025,6 +2025,7 @@ class Notices:
         """The process ends, or executes another program: a child would be nobody's."""
         if self.waiting:
             log.warning("on_change: changes that nobody was told of: %d", self.waiting)
+        self._pool.shutdown(wait=False, cancel_futures=True)
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             if self._child and self._child.returncode is None:
                 os.killpg(self._child.pid, signal.SIGKILL)

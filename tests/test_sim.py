@@ -668,7 +668,7 @@ class SimKazoo:
 
     def __init__(self, host: Host, session: tuple[int, bytes] | None) -> None:
         self._host, self._server, self._rng = host, host.world.server, host.world.rng
-        self.client_id, self.last_zxid = session, 0
+        self._session, self.last_zxid = session, 0
         routine = SimpleNamespace(is_alive=lambda: self.client_state != "CLOSED")
         granted = lambda: (self._server.timeout * 2000 / 3, 0)  # noqa: E731
         self._connection = SimpleNamespace(_connect=granted, _read=None, _socket=self, _connection_routine=routine)
@@ -685,8 +685,9 @@ class SimKazoo:
             self._host.later(0.001, self.disconnected, self.line)
 
     @property
-    def connected(self) -> bool:
-        return self.line is not None and self.line.session != 0
+    def client_id(self) -> tuple[int, bytes] | None:
+        """The session, while it is connected."""
+        return self._session if self.line and self.line.session else None
 
     def add_listener(self, listener: Callable[[str], None]) -> None:
         self._say = listener
@@ -775,7 +776,7 @@ class SimKazoo:
             self._host.later(self._rng.uniform(0.1, 0.5), self._connect)
             return
         self.line, self._heard_at = line, _ = Line(self._host), self._host.world.time
-        session = self.client_id[0] if self.client_id else 0
+        session = self._session[0] if self._session else 0
 
         def at_server() -> None:
             number = self._server.attach(line, session, self.last_zxid) if self._server.up else -1
@@ -789,11 +790,11 @@ class SimKazoo:
         if number <= 0:
             line.closed, self.line = True, None
             if number == 0:
-                self.client_id, self.client_state = None, "EXPIRED_SESSION"
+                self._session, self.client_state = None, "EXPIRED_SESSION"
                 self._say("LOST")
             self._host.later(self._rng.uniform(0.1, 0.5) if number else 0.0, self._connect)
             return
-        self._heard_at, self.client_id, self.client_state = self._host.world.time, (number, b"secret"), "CONNECTED"
+        self._heard_at, self._session, self.client_state = self._host.world.time, (number, b"secret"), "CONNECTED"
         self._connection._connect()
         self._say("CONNECTED")
         for send in list(self._calls.values()):
@@ -2086,6 +2087,29 @@ def test_what_is_asked_when_the_connection_is_gone_and_nobody_has_said_so_yet_is
     first.agent.referee.want(w.address, link.Want.FIRST)
     first.agent.referee.ask()
     assert not first.kazoo._calls
+
+
+@story([1])
+def test_nothing_is_written_in_the_name_of_a_session_that_has_ended_though_nobody_has_said_so_yet(w, holder, first):
+    """A lock node with the old session's name would last as long as the new session: no host would call it its own."""
+    client, referee = first.kazoo, first.agent.referee
+    old = client.client_id
+    w.server.end(referee._own)
+    with mock.patch.object(first.agent.loop, "serve"):  # it is behind its time
+        w.run(3, until=lambda: client.client_id not in (None, old))
+        assert client.client_id != referee.session == old
+        referee.want(w.address, link.Want.FIRST)
+        referee.ask()
+        assert not client._calls
+
+
+@story([1])
+def test_who_reads_all_anew_again_and_again_has_one_watch_of_each_node(w, holder):
+    """kazoo keeps each that is another, until it fires: with a refusal that lasts more and more of them."""
+    for _ in range(9):
+        holder.agent.referee.distrust()
+        w.run(1)
+    assert {len(watches) for watches in holder.kazoo._watches.values()} == {1}
 
 
 @story([1])

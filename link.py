@@ -1983,7 +1983,7 @@ class Story:
     @property
     def since(self) -> str:
         """Of the last change of state, or where there is none of the start: ISO 8601, UTC."""
-        return next((f"{was['time'][:19]}Z" for was in reversed(self.history) if was["from"] != was["to"]), self.began)
+        return next((f"{was['time'][:19]}Z" for was in [*self.history][::-1] if was["from"] != was["to"]), self.began)
 
     def moved(self, wire: WireView, needed: int) -> None:
         """It is bound here now: for how long it can have been away is told by when it was last heard elsewhere."""
@@ -2437,11 +2437,12 @@ class Vip:
 
         Without a lock for two seconds only: of hosts that stop at the same time one keeps it, not all.
         """
-        facts, referee = self.facts(now, self.lock(now)), self.agent.referee
+        lock, referee = self.lock(now), self.agent.referee
+        facts, unread = self.facts(now, lock), lock.lock is Lock.WAITING and not lock.queue  # as right after a start
         if facts.lock is Lock.UNKNOWN:
             heard = facts.successor or now - self.agent.loop.distrusted <= 2 * TICK  # who was late has heard nobody yet
             return heard and min(facts.leaving or 0.0, referee.age(now) - referee.timeout) < 2 * TICK
-        return facts.lock in (Lock.MINE, Lock.WAITING) or facts.successor or facts.heard <= TICK
+        return facts.lock is Lock.MINE or unread or facts.successor or facts.heard <= TICK
 
     def _due(self, f: Facts, now: float) -> float:
         """When to look again without any news: soon while something moves, else now and then."""
@@ -3173,8 +3174,8 @@ class Agent:
     # -- stopping ----------------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """SIGTERM: hand every IP over, all at the same time."""
-        if self.stopping is None:
+        """SIGTERM: hand every IP over, all at the same time; the next program does, if one is to be executed."""
+        if self.stopping is self.execute is None:
             log.info("stopping: IPs to hand over: %d", sum(vip.bound for vip in self.vips.values()))
             notify("STOPPING=1")
             self.stopping = self.loop.now + LONG

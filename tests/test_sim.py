@@ -397,6 +397,9 @@ class SimDisk:
         self._host.later(0.003, write) if args else write()
         return done
 
+    def shutdown(self, **_: Any) -> None:
+        """Nothing waits."""
+
 
 class SimWire:
     """One LAN: frames are lost, late, or do not pass; kernels answer for what is bound."""
@@ -1919,6 +1922,25 @@ def test_orders_that_cross_are_all_answered(w, calls, pause):
         w.run(pause)
     w.run(5)
     assert all(future.done() for *_, future in w.calls) and len(w.binders(ADDED)) == 1
+
+
+@table("pause", [0.0, 0.003, 0.006])
+@story([1])
+def test_an_agent_that_is_stopped_before_it_has_read_the_queue_hands_over_what_it_has_adopted(w, holder, pause):
+    """Who waits is not known yet: to end at once would leave the address on this host and on its successor."""
+    holder.restart(0.0, pause)
+    holder.sigterm()
+    w.run(8)
+    assert holder.agent is None and len(w.binders()) == 1 and w.binders() != [holder]
+
+
+@story([1])
+def test_a_stop_that_comes_after_an_execution_was_decided_is_the_next_programs_and_takes_no_session_from_it(w, holder):
+    session, agent = holder.kazoo.client_id, holder.agent
+    agent.post(setattr, agent, "execute", lambda: None)
+    agent.post(agent.stop)
+    w.run(3)
+    assert holder.agent not in (None, agent) and holder.kazoo.client_id == session and w.binders() == [holder]
 
 
 @table("promise", ["at-least-one", "at-most-one"])

@@ -2438,11 +2438,11 @@ class Vip:
         Without a lock for two seconds only: of hosts that stop at the same time one keeps it, not all.
         """
         lock, referee = self.lock(now), self.agent.referee
-        facts, unread = self.facts(now, lock), lock.lock is Lock.WAITING and not lock.queue  # as right after a start
+        facts, begins = self.facts(now, lock), lock.lock is Lock.WAITING or bool(self.agent.wire.askers(now))
         if facts.lock is Lock.UNKNOWN:
             heard = facts.successor or now - self.agent.loop.distrusted <= 2 * TICK  # who was late has heard nobody yet
             return heard and min(facts.leaving or 0.0, referee.age(now) - referee.timeout) < 2 * TICK
-        return facts.lock is Lock.MINE or unread or facts.successor or facts.heard <= TICK
+        return facts.lock is Lock.MINE or facts.successor or facts.heard <= TICK or (begins and not lock.queue)
 
     def _due(self, f: Facts, now: float) -> float:
         """When to look again without any news: soon while something moves, else now and then."""
@@ -3175,7 +3175,7 @@ class Agent:
 
     def stop(self) -> None:
         """SIGTERM: hand every IP over, all at the same time; the next program does, if one is to be executed."""
-        if self.stopping is self.execute is None:
+        if self.stopping is None and self.execute is None:
             log.info("stopping: IPs to hand over: %d", sum(vip.bound for vip in self.vips.values()))
             notify("STOPPING=1")
             self.stopping = self.loop.now + LONG

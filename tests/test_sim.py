@@ -1934,6 +1934,20 @@ def test_an_agent_that_is_stopped_before_it_has_read_the_queue_hands_over_what_i
     assert holder.agent is None and len(w.binders()) == 1 and w.binders() != [holder]
 
 
+@table("wiped", [True, False])
+@story([1])
+def test_who_is_stopped_while_nobody_is_in_the_queue_waits_for_those_who_watch_the_ip_to_join_it(w, holder, wiped):
+    """They wait for the binder to go first. Else the address would stay on it, and they would take it."""
+    if wiped:
+        w.server.stop()
+        w.server.begin(wiped=True)
+    for node in [node for node in w.server.nodes if "__lock__" in node]:
+        w.server.delete(node)
+    holder.sigterm()
+    w.run(8)
+    assert holder.agent is None and len(w.binders()) == 1 and w.binders() != [holder]
+
+
 @story([1])
 def test_a_stop_that_comes_after_an_execution_was_decided_is_the_next_programs_and_takes_no_session_from_it(w, holder):
     session, agent = holder.kazoo.client_id, holder.agent

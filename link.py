@@ -2438,11 +2438,12 @@ class Vip:
         Without a lock for two seconds only: of hosts that stop at the same time one keeps it, not all.
         """
         lock, referee = self.lock(now), self.agent.referee
-        facts, begins = self.facts(now, lock), lock.lock is Lock.WAITING or bool(self.agent.wire.askers(now))
+        facts, unread = self.facts(now, lock), lock.lock is Lock.WAITING and not lock.queue  # as right after a start
         if facts.lock is Lock.UNKNOWN:
             heard = facts.successor or now - self.agent.loop.distrusted <= 2 * TICK  # who was late has heard nobody yet
             return heard and min(facts.leaving or 0.0, referee.age(now) - referee.timeout) < 2 * TICK
-        return facts.lock is Lock.MINE or facts.successor or facts.heard <= TICK or (begins and not lock.queue)
+        joins = bool(self.agent.wire.askers(now)) and (facts.leaving or 0.0) < 3 * TICK  # maybe: who has it goes first
+        return facts.lock is Lock.MINE or unread or joins or facts.successor or facts.heard <= TICK
 
     def _due(self, f: Facts, now: float) -> float:
         """When to look again without any news: soon while something moves, else now and then."""

@@ -2159,7 +2159,7 @@ def test_a_directory_that_is_there_already_is_no_word_of_the_leader(w, holder):
 
     w.server.refuses = late
     referee, began = holder.agent.referee, w.time
-    referee._places[w.address].watch(None)
+    referee._fired(w.address, "", None)
     w.run(0.2)
     assert said and referee.age(w.time) > w.time - began
 

@@ -2638,9 +2638,9 @@ class Store:
         return {}
 
     def save_session(self, content: Mapping[str, Any], now: bool = False) -> bool:
-        """Best effort and soon; the latest content counts. `now`: wait for it, at most a second. False: not written."""
+        """Best effort and soon; the latest content counts. `now`: wait for all, a second at most. Else False."""
         self._session = json.dumps({"identity": self.identity, **content}).encode()
-        self._saved = self._soon(self._saved, self._write_session)
+        self._saved = self._soon(None if now else self._saved, self._write_session)
         return not now or (not wait_for([self._saved], TICK).not_done and self._saved.result())
 
     def _write_session(self) -> bool:

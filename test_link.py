@@ -2639,6 +2639,20 @@ def test_the_last_20_changes_are_kept_a_removed_ip_leaves_none_and_what_cannot_b
     assert written() == []
 
 
+def test_who_waits_for_the_session_to_be_written_waits_for_the_history_that_was_told_before(tmp_path, monkeypatch):
+    """The process ends then; its last change may have come after a session that the disk has yet to begin with."""
+    monkeypatch.setattr(link, "TICK", 0.05)
+    store, busy, slow = store_in(tmp_path), threading.Event(), threading.Event()
+    monkeypatch.setattr(store, "_write_changes", lambda: slow.wait(5))
+    store._disk.submit(busy.wait)
+    store.save_session({})
+    store.save_change("10.0.0.1", None)
+    busy.set()
+    assert not store.save_session({}, now=True)
+    slow.set()
+    until(lambda: store.save_session({}, now=True))
+
+
 class Hooked:
     """Notices of an agent, without one: `told` is what the loop was told."""
 

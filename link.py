@@ -738,7 +738,7 @@ class Wire:
         for stream in self._streams.values():
             stream.misses = 0
         for witness in self._witnesses.values():
-            witness.asked = math.inf
+            witness.asked, witness.tries = math.inf, 0  # nor could who was asked while the link was down answer
 
     # -- what is known
 
@@ -4403,6 +4403,7 @@ def read_status(ips: Iterable[Mapping[str, Any]]) -> tuple[list[list[str]], list
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # a reload that is asked for now waits until we serve
     try:
         if argv[:1] == ["status"]:
             return status(argv[1:])

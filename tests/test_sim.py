@@ -692,6 +692,11 @@ class SimKazoo:
         """The session, while it is connected."""
         return self._session if self.line and self.line.session else None
 
+    @property
+    def connected(self) -> bool:
+        """For the earlier version."""
+        return self.client_id is not None
+
     def add_listener(self, listener: Callable[[str], None]) -> None:
         self._say = listener
 
@@ -1389,6 +1394,7 @@ IS: dict[str, Callable[[World, Any], Any]] = {
     "tells that it began anew": lambda w, h: "began anew; " in h.managed().story.history[-1]["reason"],
     "finds its holder mute": lambda w, h: "does not answer" in h.managed().reason and (
         link.show(h.managed(), h.agent.loop.now)["wire"]["state"] == "silent"),
+    "may accuse": lambda w, h: h.agent.health()["quick"],
     "hears nobody": lambda w, h: "hears nobody" in h.managed().reason,
     "has no place": lambda w, h: h.name not in w.names(), "has a place": lambda w, h: h.name in w.names(),
     "leads": lambda w, h: w.names()[0] == h.name, "waits alone": lambda w, h: w.names() == [h.name],
@@ -1527,6 +1533,8 @@ SCENES: list[tuple[str, int | list[int], dict[str, Any], str]] = [  # name, seed
     ("without ZooKeeper an agent that finds its address bound tells the clients", 5, {"zookeeper": False},
      "holder isolate, holder kill, 1, holder has one successor, holder ends isolate, 2, holder alone has it,"
      " count begins, holder starts, 1, holder alone has it, holder announced it, vip settles"),
+    ("who began without a carrier knows its witnesses when it has one", 3, {},
+     "first kill, first cable, first starts, 20, first ends cable, 4, first may accuse, vip settles"),
     # whose old names are replaced while the others read them
     ("who waits is known by name after all agents were replaced at once", 70, {},
      "all forget, all delay, all ends forget, 12, all ends delay, vip settles"),

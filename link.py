@@ -738,7 +738,7 @@ class Wire:
         for stream in self._streams.values():
             stream.misses = 0
         for witness in self._witnesses.values():
-            witness.asked, witness.tries = math.inf, 0  # nor could who was asked while the link was down answer
+            witness.asked = math.inf
 
     # -- what is known
 
@@ -920,11 +920,11 @@ class Wire:
         return silent
 
     def meet(self, now: float) -> None:
-        """Ask the witnesses that have never answered, often at first; to be called once a second."""
+        """Ask the witnesses that have never answered, often at first; to be called once a second (TICK)."""
         self._others = {other: at for other, at in self._others.items() if now - at <= 2 * TICK}
         for witness in self._witnesses.values() if self._frames else ():
             owes = witness.met and witness.asked < math.inf  # it, or its answer, may have been lost
-            if owes or (not witness.met and (witness.tries < 5 or witness.tries % 60 == 0)):
+            if owes or (not witness.met and (witness.tries < 5 or witness.tries % LONG == 0)):
                 self._ask_witness(witness)
             witness.tries += not witness.met
 

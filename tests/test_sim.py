@@ -1533,8 +1533,9 @@ SCENES: list[tuple[str, int | list[int], dict[str, Any], str]] = [  # name, seed
     ("without ZooKeeper an agent that finds its address bound tells the clients", 5, {"zookeeper": False},
      "holder isolate, holder kill, 1, holder has one successor, holder ends isolate, 2, holder alone has it,"
      " count begins, holder starts, 1, holder alone has it, holder announced it, vip settles"),
-    ("who began without a carrier knows its witnesses when it has one", 3, {},
-     "first kill, first cable, first starts, 20, first ends cable, 4, first may accuse, vip settles"),
+    *((f"who began {fault} knows its witnesses within ten seconds when it is well", 3, {},
+       f"first kill, first {fault}, first starts, 23, first ends {fault}, 12, first may accuse, vip settles")
+      for fault in ("cable", "deaf", "dumb", "isolate")),
     # whose old names are replaced while the others read them
     ("who waits is known by name after all agents were replaced at once", 70, {},
      "all forget, all delay, all ends forget, 12, all ends delay, vip settles"),

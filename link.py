@@ -2442,7 +2442,8 @@ class Vip:
         if facts.lock is Lock.UNKNOWN:
             heard = facts.successor or now - self.agent.loop.distrusted <= 2 * TICK  # who was late has heard nobody yet
             return heard and min(facts.leaving or 0.0, referee.age(now) - referee.timeout) < 2 * TICK
-        joins = bool(self.agent.wire.askers(now)) and (facts.leaving or 0.0) < 3 * TICK  # maybe: who has it goes first
+        known = self.agent.macs and self.agent.wire.askers(now)  # they may join: who has it goes first
+        joins = bool(known) and (facts.leaving or 0.0) < 3 * TICK
         return facts.lock is Lock.MINE or unread or joins or facts.successor or facts.heard <= TICK
 
     def _due(self, f: Facts, now: float) -> float:
@@ -3264,8 +3265,7 @@ class Api(Agent):
         if self.network.ready(vip.bound):  # the host has got this address, maybe just now
             self.kernel.due = -math.inf
             self._sync()
-        servers = (server.rpartition(":")[0].strip("[]").lower() for server in self.config.ensemble[0].split(","))
-        owners = dict.fromkeys(servers, "ZooKeeper")
+        owners = dict.fromkeys(self.config.servers, "ZooKeeper")
         owners |= dict.fromkeys(self.wire.known(), "a gateway or witness")
         owners |= {address: host for host, record in self.peers.items() for address in record.addresses}
         owners |= dict.fromkeys(self.kernel.foreign, "this host")
@@ -3944,6 +3944,11 @@ class Config:
         return self.on_change
 
     @property
+    def servers(self) -> list[str]:
+        """ZooKeeper's hosts, as they are written but for capitals."""
+        return [server.rpartition(":")[0].strip("[]").lower() for server in self.ensemble[0].split(",")]
+
+    @property
     def ensemble(self) -> tuple[str, str]:
         """ZooKeeper's servers, and the node below which the locks are: /link, also below a chroot."""
         servers, _, chroot = self.zookeeper.partition("/")
@@ -4016,7 +4021,7 @@ def _wrong_values(c: Config) -> Iterator[tuple[str, Any]]:
     yield "witnesses", own and f"{own[0]} is one of ips, and proves nothing; name an address of somebody else"
     yield "promise", alone and c.at_most_one and "at-most-one needs ZooKeeper; set zookeeper, or use at-least-one"
     names = [vip.address for vip in c.virtual_ips]
-    own = [name for name in names if re.search(rf"(^|,)\[?{re.escape(name)}\]?:", c.zookeeper)]
+    own = sorted({*names} & {*c.servers})
     yield "ips", own and f"{own[0]} is an address that ZooKeeper has for itself; remove it"
     yield "ips", len({*names}) < len(names) and f"{max(names, key=names.count)} is there twice; remove one"
     yield "ips", len(names) > c.max_ips and f"{len(names)} IPs are more than max_ips ({c.max_ips}); raise max_ips"
@@ -4271,18 +4276,28 @@ class Upgrade:
             code = subprocess.run([*self._command, "--check"], timeout=3 * LONG, check=False).returncode
             why = f"exit code {code}" if code else ""
         try:
-            config = load(self._argv)[0]
-            for held in lock(config, but=agent.config) if not why else ():
-                os.close(held)
-            why = why or Network(config.interface).sync(listen=False)[0].trouble * (not agent.kernel.link.trouble)
-            kept = {*agent.store.found(config), *(vip.address for c in (config, agent.config) for vip in c.virtual_ips)}
-            lost = [ip for ip, vip in [*agent.vips.items()] if vip.intent is Intent.RUN and ip not in kept]
-            why = why or f"{config.state_dir} has not {', '.join(lost[:3])}: take its ips.* along" * bool(lost)
-        except BlockingIOError:
-            why = "another agent has that interface or state_dir"
+            why = why or self._loses(load(self._argv)[0])
+        except OSError as error:
+            why = str(error)
         except Exception as error:  # the new program may understand what this one does not
             log.debug("reload: %s", error)
         agent.post(self._proven, why, files, agent.clock.now() + 3)
+
+    def _loses(self, config: Config) -> str:
+        """What this host would lose by that configuration, and why; '': nothing. Raises OSError."""
+        agent, vips = self._agent, [*self._agent.vips.items()]  # first: what is added meanwhile is found, too
+        try:
+            for held in lock(config, but=agent.config):
+                os.close(held)
+        except BlockingIOError:
+            return "another agent has that interface or state_dir"
+        if config.interface != agent.network.name and not agent.kernel.link.trouble:
+            with contextlib.suppress(OSError):  # many IPs change just now: it cannot be known
+                if trouble := Network(config.interface).sync(listen=False)[0].trouble:
+                    return trouble
+        kept = {*agent.store.found(config), *(vip.address for c in (config, agent.config) for vip in c.virtual_ips)}
+        lost = [ip for ip, vip in vips if vip.intent is Intent.RUN and ip not in kept]
+        return f"{config.state_dir} has not {', '.join(lost[:3])}: take its ips.* along" * bool(lost)
 
     def _proven(self, why: str, files: list[bytes], deadline: float) -> None:
         agent, now = self._agent, self._agent.clock.now()

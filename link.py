@@ -853,7 +853,7 @@ class Wire:
             self._moved.clear()
 
     def _ask_each(self, stream: _Stream, now: float, frames: Frames) -> list[_Ear]:
-        """Every IP by itself: of everybody, or of the one who must have it but has not answered yet."""
+        """Every IP by itself: of everybody, or of a new holder, which may not have bound it yet when first asked."""
         proven, young, pace = [], False, max(self._interval, len(stream.ears) / 1000)  # a thousand in a second
         for ear in stream.ears:
             meets = ear.look is Look.FAST and not ear.met
@@ -861,7 +861,7 @@ class Wire:
                 ear.unanswered += 1
                 if ear.unanswered == self._count:
                     proven.append(ear)
-            young = young or (not meets and ear.unanswered < self._count)
+            young = young or (now - ear.began < TICK if meets else ear.unanswered < self._count)
             ear.asked, ear.pace = True, pace
             self._send([frames.ask(ear.address, ear.peer if meets else b"")])
         self._ask_witnesses(now)
@@ -2463,7 +2463,7 @@ def show(vip: Vip, now: float) -> dict[str, Any]:
     """The IP as the API shows it."""
     lock, wire, a = vip.lock(now), vip.agent.wire.view(vip.vip.address, now), vip.agent
     needed, mac, mute = a.config.probe_count, wire.mac.hex(":"), vip.facts(now, lock).mute
-    answered = not mute and wire.unanswered < needed and (wire.heard <= TICK or (wire.met and not vip.bound))
+    answered = not mute and wire.unanswered < needed and (wire.heard <= TICK if vip.bound else wire.met)
     state = "answered" if answered else "silent" if mute or wire.unanswered >= needed > 0 else "looking"
     state = state if needed and a.kernel.link.arp else "blind"
     since = a.clock.stamp(wire.heard + wire.staying) if answered else None

@@ -1702,6 +1702,24 @@ def test_who_gives_way_and_hears_the_holder_again_asks_it_at_its_pace():
     assert wire.view(ADDRESS, now).met and not [frame for frame in sent if frame[0] == 0xFF]
 
 
+def test_a_new_holder_that_has_not_bound_the_ip_yet_when_it_is_first_asked_is_asked_again_soon():
+    """Only who has answered can fall silent: should it die before, its session's end would have to be waited for."""
+    sent, times, holder = list[bytes](), list[int](), b"\2\0\0\0\0\1"
+    wire = link.Wire(0.05, 3.5, 3, sent.extend)
+    wire.use(b"\2\0\0\0\0\3", {})
+    wire.add(ipaddress.ip_address(ADDRESS), 0.0)
+    wire.term(ADDRESS, holder, 10.0)
+    wire.watch(ADDRESS, link.Look.FAST, holder)
+    for now in range(10_000, 13_000):  # ms; it announces the IP, but answers nothing
+        if now == 10_015:
+            wire.hear(link.Heard(ADDRESS, holder, CLAIM, True), True, now / 1000)
+        if now / 1000 >= wire.due and (sent.clear() or wire.run(now / 1000) or sent):
+            times.append(now)
+    soon = [now for now in times if now < 11_000]
+    assert len(soon) >= 19 and max(b - a for a, b in itertools.pairwise(soon)) <= 52
+    assert len(times) - len(soon) <= 11, "but not for ever: it may have been away all the time"
+
+
 def test_of_many_witnesses_those_that_the_operator_names_are_asked_and_then_the_gateways(tmp_path):
     one = ByHand(tmp_path, FakeNetwork(arp=True), **WITH_ZOOKEEPER, witnesses=["10.0.0.98", "10.0.0.97"])
     one.network.gateways = lambda: ["10.0.0.254"]

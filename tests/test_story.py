@@ -207,6 +207,8 @@ def test_a_flap_a_conflict_and_a_lost_zookeeper_are_told_everywhere_with_the_sam
     for host in c.hosts:
         c.start_afresh(host, on_change=host.config["on_change"])
     c.all_serve(10)
+    healthy = [partial(lambda host: host.api("GET", "/health")[1]["healthy"], host) for host in c.hosts]
+    wait_until(lambda: all(each() for each in healthy), 15, "the sessions of the agents before have ended")
     vip, holder, _ = c.held()
     c.mark()
     met(c, vip)

@@ -464,7 +464,7 @@ def _contend(f: Facts) -> bool:
     """Who has just failed a check does not stand for election; an empty queue belongs first to who has the IP."""
     if f.bound is not None:
         return f.fit and f.intent is Intent.RUN
-    waits = f.lock is Lock.NOBODY and f.served and f.empty < 2 * TICK
+    waits = f.lock is Lock.NOBODY and f.served and f.empty < TICK
     return f.fit and f.intent is Intent.RUN and not f.unsure and not waits
 
 

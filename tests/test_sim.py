@@ -1943,10 +1943,14 @@ def test_an_agent_that_is_stopped_before_it_has_read_the_queue_hands_over_what_i
     assert holder.agent is None and len(w.binders()) == 1 and w.binders() != [holder]
 
 
-@table("pause", [0.0, 0.05])
+@table("pause, reload", [(0.0, False), (0.05, False), (0.0, True)])
 @story([1])
-def test_who_is_stopped_when_the_queue_was_emptied_waits_for_those_who_ask_for_the_ip_to_join_it(w, holder, pause):
+def test_who_is_stopped_when_the_queue_was_emptied_waits_for_those_who_ask_for_the_ip_to_join_it(
+    w, holder, first, second, pause, reload
+):
     """They let the binder go first. Else the address would stay on it, and they would take it."""
+    for host in (first, second) if reload else ():
+        host.reload()
     for node in [node for node in w.server.nodes if "__lock__" in node]:
         w.server.delete(node)
     w.run(pause)

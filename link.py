@@ -898,8 +898,11 @@ class Wire:
             self.suspects = self.suspects or stream.look is Look.FAST
             self._ask_witnesses(now)
         if stream.misses >= self._count:
-            stream.misses = 0
-            return self._verdict(stream, now)
+            stream.misses, stream.next = 0, now
+            silent = [ear for ear in stream.ears if ear.asked]  # has not answered the last question, either
+            for ear in silent:
+                ear.unanswered, ear.asked, self._moved[ear] = self._count, False, None
+            return silent
         stream.sent, stream.next = now, now + self.QUICK * self._interval
         if 0 < stream.misses == self._count - 1:
             for each in stream.ears:
@@ -910,14 +913,6 @@ class Wire:
             ear.asked = True
             self._send([frames.ask(ear.address, stream.peer)])
         return []
-
-    def _verdict(self, stream: _Stream, now: float) -> list[_Ear]:
-        """Whoever has not answered the last question, either."""
-        silent = [ear for ear in stream.ears if ear.asked]
-        for ear in silent:
-            ear.unanswered, ear.asked, self._moved[ear] = self._count, False, None
-        stream.next = now
-        return silent
 
     def meet(self, now: float) -> None:
         """Ask the witnesses that have never answered, often at first; to be called once a second (TICK)."""
@@ -4212,7 +4207,10 @@ def check(config: Config) -> None:
             raise
         warnings += [f"{config.state_dir}: was not looked at ({error})"]
     try:
-        link = Network(config.interface).sync(listen=False)[0]
+        network = Network(config.interface)
+        link = network.sync(listen=False)[0]
+        if gateways := {*network.gateways()} & {vip.address for vip in config.virtual_ips}:
+            raise ConfigError(f"ips: {gateways.pop()} is this host's default gateway; remove it")
         found = [link.trouble, link.trouble4, link.trouble6 * any(vip.ip.version == 6 for vip in config.virtual_ips)]
     except OSError as error:
         found = [f"was not looked at ({error})"]

@@ -402,10 +402,11 @@ def decide(state: State, f: Facts) -> Decision:
     silent = f.proven and (f.deaf == 0 or isolated)
     doubts = f.unsure and f.bound is None and not silent  # a check has just failed: no reason to move it here
     runs, mine = f.intent is Intent.RUN, f.given or (f.lock is Lock.MINE and not doubts)
+    after = f.bound is not None and f.bound - f.heard >= 2 * f.slack  # before, it may be letting go for us
     rivalled = f.bound is not None and f.other and not (mine or f.taken or f.lock is Lock.OTHER)
-    beaten = rivalled and f.staying >= patience(f)
+    beaten = rivalled and (runs or after) and f.staying >= patience(f)
     named = f.lock is Lock.OTHER or (f.lock is Lock.MINE and not runs) or f.taken
-    relieved = named and f.other and f.heard + f.staying >= f.slack
+    relieved = named and f.other and after and not f.unanswered and f.heard + f.staying >= f.slack
     orphan = f.lock is Lock.UNKNOWN or (f.lock is Lock.WAITING and f.next and f.met)
     last = f.lock in (Lock.UNKNOWN, Lock.NOBODY) and (f.unsure or not f.fit) and f.alone > TICK * (1 + 0.3 * f.rank)
     take = (f.fit and (mine or (orphan and (silent or f.blind)))) or (silent and last)
@@ -4207,8 +4208,7 @@ def check(config: Config) -> None:
             raise
         warnings += [f"{config.state_dir}: was not looked at ({error})"]
     try:
-        network = Network(config.interface)
-        link = network.sync(listen=False)[0]
+        link = (network := Network(config.interface)).sync(listen=False)[0]
         if gateways := {*network.gateways()} & {vip.address for vip in config.virtual_ips}:
             raise ConfigError(f"ips: {gateways.pop()} is this host's default gateway; remove it")
         found = [link.trouble, link.trouble4, link.trouble6 * any(vip.ip.version == 6 for vip in config.virtual_ips)]

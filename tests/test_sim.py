@@ -1943,6 +1943,17 @@ def test_an_agent_that_is_stopped_before_it_has_read_the_queue_hands_over_what_i
     assert holder.agent is None and len(w.binders()) == 1 and w.binders() != [holder]
 
 
+@table("zookeeper", [True, False])
+@table("span", [0.02, 0.1, 0.3])
+@story(25, vips=2)
+def test_of_all_hosts_that_are_stopped_at_nearly_the_same_time_one_keeps_each_ip(w, seed, span, zookeeper):
+    """Who was given it hears its predecessor until that lets go: it must not let go for it in turn."""
+    for host in w.hosts:
+        w.after(w.rng.uniform(0, span), host.sigterm)
+    w.run(9)
+    assert [len(w.binders(vip)) for vip in w.vips] == [1, 1] and not any(host.agent for host in w.hosts)
+
+
 @table("pause, reload", [(0.0, False), (0.05, False), (0.0, True)])
 @story([1])
 def test_who_is_stopped_when_the_queue_was_emptied_waits_for_those_who_ask_for_the_ip_to_join_it(

@@ -2180,7 +2180,7 @@ class Vip:
             trusted=at.trusted > a.loop.distrusted,
             leaving=now - at.leaving if at.leaving is not None else None,
             given=unknown and not bound and at.given[0] == mac and given <= TICK and not self.checks.unsure,
-            taken=unknown and at.leaving is not None and mac in self.gave,
+            taken=unknown and at.leaving is not None and mac in self.gave and wire.heard <= TICK,
             healthy=not self.trouble(now),
             unsure=self.checks.unsure,
             rank=sum(r.mac < link.mac.hex(":") for r in a.peers.values() if r.mac) if self.checks.judged else math.inf,

@@ -1954,6 +1954,19 @@ def test_of_all_hosts_that_are_stopped_at_nearly_the_same_time_one_keeps_each_ip
     assert [len(w.binders(vip)) for vip in w.vips] == [1, 1] and not any(host.agent for host in w.hosts)
 
 
+@table("zookeeper", [True, False])
+@story(25, vips=2)
+def test_who_was_given_an_ip_and_is_stopped_in_turn_gives_it_to_the_third(w, seed, holder, zookeeper):
+    """It hears its predecessor, which lets go, last: that has not taken it back."""
+    holder.sigterm()
+    w.run(0.02 + 0.01 * seed)
+    given = next(host for host in w.hosts if host is not holder and host in w.binders())
+    given.sigterm()
+    w.run(9)
+    third = [host for host in w.hosts if host not in (holder, given)]
+    assert [w.binders(vip) for vip in w.vips] == [third, third] and w.worst_gap == 0
+
+
 @table("pause, reload", [(0.0, False), (0.05, False), (0.0, True)])
 @story([1])
 def test_who_is_stopped_when_the_queue_was_emptied_waits_for_those_who_ask_for_the_ip_to_join_it(

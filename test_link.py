@@ -1720,6 +1720,14 @@ def test_a_new_holder_that_has_not_bound_the_ip_yet_when_it_is_first_asked_is_as
     assert len(times) - len(soon) <= 11, "but not for ever: it may have been away all the time"
 
 
+def test_a_standby_says_that_the_holder_answers_when_it_has_answered_and_not_when_it_announces_the_ip(tmp_path):
+    one, address = ByHand(tmp_path, FakeNetwork(arp=True), **ONE), "10.0.0.10"
+    for broadcast, state in ((True, "looking"), (False, "answered")):
+        one.network.incoming.append(link.Heard(address, OTHER_MAC, CLAIM, broadcast))
+        one.run(0.02)
+        assert one.ip()["wire"]["state"] == state and not one.ip()["bound"]
+
+
 def test_of_many_witnesses_those_that_the_operator_names_are_asked_and_then_the_gateways(tmp_path):
     one = ByHand(tmp_path, FakeNetwork(arp=True), **WITH_ZOOKEEPER, witnesses=["10.0.0.98", "10.0.0.97"])
     one.network.gateways = lambda: ["10.0.0.254"]

@@ -3387,58 +3387,8 @@ class Api(Agent):
 # == Metrics: the text format of Prometheus, 0.0.4 =====================================================================
 
 Values = float | list[tuple[dict[str, str], float]]  # the latter where more labels tell them apart
+Families = dict[str, tuple[str, Values]]  # by name: what it means, and what it is
 ZOOKEEPER = ("none", "connecting", "connected", "lost")
-
-
-class Seen(NamedTuple):
-    """One IP at one instant; its story may grow meanwhile."""
-
-    ip: str
-    state: State
-    bound: bool
-    story: Story
-    checks: dict[str, bool]
-
-
-OF_HOST: dict[str, tuple[str, Callable[[Any, Any], Values]]] = {  # of the agent, and what GET /health says
-    "build_info": ("1; the host's name, the version of LinK and of Python", lambda a, h: [
-        ({"host": a.config.hostname, "version": VERSION, "python": sys.version.split()[0]}, 1)]),
-    "healthy": ("as in GET /health", lambda a, h: h["healthy"]),
-    "quick": ("as in GET /health", lambda a, h: h["quick"]),
-    "interface_up": ("whether the interface can be used", lambda a, h: [
-        ({"interface": a.config.interface}, h["interface"] == "up")]),
-    "state_dir_written": ("whether what must outlive the process could be written", lambda a, h: not a.store.trouble),
-    "zookeeper_state": ("1 for what it is", lambda a, h: [({"state": s}, s == a.referee.state) for s in ZOOKEEPER]),
-    "zookeeper_refused": ("whether ZooKeeper refuses something", lambda a, h: bool(a.referee.refused)),
-    "zookeeper_lease_age_seconds": ("since the leader's last word", lambda a, h: a.referee.age(a.loop.now)),
-    "zookeeper_session_timeout_seconds": ("as granted; 0: no ZooKeeper is configured", lambda a, h: a.referee.timeout),
-    "probe_round_trip_seconds": (
-        "from the last probe that a holder answered to its answer, as the loop sees them",
-        lambda a, h: a.wire.round_trip),
-    "loop_turns_total": ("turns of the loop", lambda a, h: a.loop.turns),
-    "loop_late_seconds_total": ("how late the loop was in all turns together", lambda a, h: a.loop.late),
-    "loop_latest_seconds": ("how late it was in its worst turn", lambda a, h: a.loop.latest),
-    "notices_total": ("changes that on_change was told of, or not", lambda a, h: [
-        ({"result": "sent"}, a.notices.sent), ({"result": "lost"}, a.notices.lost)]),
-    "notices_waiting": ("changes that on_change is yet to be told of", lambda a, h: a.notices.waiting),
-}  # fmt: skip
-OF_IP: dict[str, tuple[str, Callable[[Seen], Values]]] = {
-    "ip_status": ("1 for what this host is for the IP", lambda v: [({"status": s}, s is v.state) for s in State]),
-    "ip_bound": ("whether this host's kernel has the IP", lambda v: v.bound),
-    "ip_since_timestamp_seconds": (
-        "when the status last changed, also by an earlier process",
-        lambda v: datetime.fromisoformat(v.story.since).timestamp()),
-    "ip_transitions_total": (
-        "changes of the status by this process", lambda v: [({"event": e}, n) for e, n in v.story.events.items()]),
-    "ip_conflicts_total": (
-        "how often another host had it at the same time without a planned move", lambda v: v.story.conflicts),
-    "ip_takeovers_total": ("how often this host has taken its lock from a silent holder", lambda v: v.story.takeovers),
-    "ip_announcements_total": ("announcements sent", lambda v: v.story.announced),
-    "ip_gap_seconds": (
-        "at the last move to this host: since it was last heard elsewhere, the most it can have been away",
-        lambda v: [({"move": move}, seconds) for move, seconds in [*v.story.gaps.items()]]),
-    "ip_check_ok": ("the verdict of each check", lambda v: [({"check": c}, ok) for c, ok in v.checks.items()]),
-}  # fmt: skip
 
 
 class Document(NamedTuple):
@@ -3448,28 +3398,73 @@ class Document(NamedTuple):
     text: str
 
 
+def of_host(a: Api) -> Families:
+    """What is told of this host."""
+    health, build = a.health(), {"host": a.config.hostname, "version": VERSION, "python": sys.version.split()[0]}
+    return {
+        "build_info": ("1; the host's name, the version of LinK and of Python", [(build, 1)]),
+        "healthy": ("as in GET /health", health["healthy"]),
+        "quick": ("as in GET /health", health["quick"]),
+        "interface_up": (
+            "whether the interface can be used", [({"interface": a.config.interface}, health["interface"] == "up")]),
+        "state_dir_written": ("whether what must outlive the process could be written", not a.store.trouble),
+        "zookeeper_state": ("1 for what it is", [({"state": s}, s == a.referee.state) for s in ZOOKEEPER]),
+        "zookeeper_refused": ("whether ZooKeeper refuses something", bool(a.referee.refused)),
+        "zookeeper_lease_age_seconds": ("since the leader's last word", a.referee.age(a.loop.now)),
+        "zookeeper_session_timeout_seconds": ("as granted; 0: no ZooKeeper is configured", a.referee.timeout),
+        "probe_round_trip_seconds": (
+            "from the last probe that a holder answered to its answer, as the loop sees them", a.wire.round_trip),
+        "loop_turns_total": ("turns of the loop", a.loop.turns),
+        "loop_late_seconds_total": ("how late the loop was in all turns together", a.loop.late),
+        "loop_latest_seconds": ("how late it was in its worst turn", a.loop.latest),
+        "notices_total": ("changes that on_change was told of, or not", [
+            ({"result": "sent"}, a.notices.sent), ({"result": "lost"}, a.notices.lost)]),
+        "notices_waiting": ("changes that on_change is yet to be told of", a.notices.waiting),
+    }  # fmt: skip
+
+
+def of_ip(vip: Vip) -> Families:
+    """What is told of each IP."""
+    story, results = vip.story, vip.checks.results
+    return {
+        "ip_status": ("1 for what this host is for the IP", [({"status": s}, s is vip.state) for s in State]),
+        "ip_bound": ("whether this host's kernel has the IP", vip.bound),
+        "ip_since_timestamp_seconds": (
+            "when the status last changed, also by an earlier process",
+            datetime.fromisoformat(story.since).timestamp()),
+        "ip_transitions_total": (
+            "changes of the status by this process", [({"event": e}, n) for e, n in story.events.items()]),
+        "ip_conflicts_total": (
+            "how often another host had it at the same time without a planned move", story.conflicts),
+        "ip_takeovers_total": ("how often this host has taken its lock from a silent holder", story.takeovers),
+        "ip_announcements_total": ("announcements sent", story.announced),
+        "ip_gap_seconds": (
+            "at the last move to this host: since it was last heard elsewhere, the most it can have been away",
+            [({"move": move}, seconds) for move, seconds in story.gaps.items()]),
+        "ip_check_ok": ("the verdict of each check", [({"check": c}, ok) for c, ok in results.items()]),
+    }  # fmt: skip
+
+
 def metrics(agent: Api) -> Future[Any]:
     """GET /metrics: numbers for Prometheus. Who asks writes them down, not the loop."""
-    health = agent.health()
-    host = {name: of(agent, health) for name, (_, of) in OF_HOST.items()}
+    host: tuple[dict[str, str], Families] = {}, of_host(agent)
     return agent.list_ips(
-        lambda vip, _: Seen(vip.vip.address, vip.state, vip.bound, vip.story, vip.checks.results),
-        lambda seen: functools.partial(write_metrics, host, seen),
+        lambda vip, _: ({"ip": vip.vip.address}, of_ip(vip)),
+        lambda ips: functools.partial(write_metrics, [host, *ips]),
     )
 
 
-def write_metrics(host: Mapping[str, Values], ips: Iterable[Seen]) -> Document:
+def write_metrics(told: Iterable[tuple[dict[str, str], Families]]) -> Document:
     """Each family with its HELP and TYPE."""
-    lines = list[str]()
-    for name, (text, of) in {**OF_HOST, **OF_IP}.items():
-        kind = "counter" if name.endswith("_total") else "gauge"
-        lines += [f"# HELP link_{name} {text}", f"# TYPE link_{name} {kind}"]
-        told = [({}, host[name])] if name in host else [({"ip": seen.ip}, cast(Any, of)(seen)) for seen in ips]
-        for labels, values in told:
+    lines = dict[str, list[str]]()
+    for labels, families in told:
+        for name, (text, values) in families.items():
+            kind = "counter" if name.endswith("_total") else "gauge"
+            family = lines.setdefault(name, [f"# HELP link_{name} {text}", f"# TYPE link_{name} {kind}"])
             for more, value in values if isinstance(values, list) else [({}, values)]:
                 words = [f"{key}={json.dumps(word, ensure_ascii=False)}" for key, word in {**labels, **more}.items()]
-                lines += [f"link_{name}{{{','.join(words)}}} {float(value)}"] if math.isfinite(value) else []
-    return Document("text/plain; version=0.0.4; charset=utf-8", "\n".join([*lines, ""]))
+                family += [f"link_{name}{{{','.join(words)}}} {float(value)}"] if math.isfinite(value) else []
+    return Document("text/plain; version=0.0.4; charset=utf-8", "\n".join([*itertools.chain(*lines.values()), ""]))
 
 
 # == Page: what a browser is shown =====================================================================================

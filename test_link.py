@@ -47,11 +47,11 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 import link
-from fakes import ADDRESS, ASK, CLAIM, GIVE, MAC, OTHER_MAC, VIP, WANT, AtOnce, ByHand, FakeNetwork, FakeReferee
+from fakes import ADDRESS, ASK, CLAIM, GIVE, MAC, METRICS, OTHER_MAC, VIP, WANT, AtOnce, ByHand, FakeNetwork
 from link import Decision, Event, Facts, HealthCheck, Intent, Invalid, Lock, State, VirtualIP, make_config
 
 # isort: split
-from fakes import Served, config_of, table, until
+from fakes import FakeReferee, Served, config_of, table, until
 
 HERE = Path(__file__).parent
 SOURCE = HERE / "link.py"
@@ -2873,11 +2873,10 @@ def test_metrics_are_what_prometheus_reads_and_say_what_the_api_says(tmp_path):
         answer = host.ask("GET", "/metrics")
     assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
     families = {each.name: each for each in text_string_to_metric_families(answer.body)}
-    names = [f"link_{name}" for name in (*link.OF_HOST, *link.OF_IP)]
-    assert families.keys() == {name.removesuffix("_total") for name in names}
+    assert families.keys() == {name.removesuffix("_total") for name in METRICS}
     assert all(each.documentation for each in families.values())
     counters = {f"{each.name}_total" for each in families.values() if each.type == "counter"}
-    assert counters == {name for name in names if name.endswith("_total")}
+    assert counters == {name for name in METRICS if name.endswith("_total")}
 
     def value(name: str, **labels: str) -> float:
         return next(each.value for each in families[name].samples if labels.items() <= each.labels.items())

@@ -10,6 +10,7 @@ import ipaddress
 import itertools
 import json
 import math
+import re
 import socket
 import threading
 import time
@@ -27,6 +28,8 @@ MAC, OTHER_MAC = bytes.fromhex("020000000a01"), bytes.fromhex("020000000a02")
 VIP, ADDRESS = "10.0.0.10/32", "10.0.0.10"
 ASK, CLAIM, WANT, GIVE = link.Kind
 WORDS = {ASK: "ask", CLAIM: "announce", WANT: "want", GIVE: "give"}
+TOLD = "".join(map(inspect.getsource, (link.of_host, link.of_ip)))
+METRICS = {f"link_{name}" for name in re.findall(r'^ {8}"(\w+)": \(', TOLD, re.MULTILINE)}
 
 
 table = functools.partial(pytest.mark.parametrize, ids=lambda value: getattr(value, "__name__", repr(value)[:50]))

@@ -23,6 +23,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 import link
+from fakes import METRICS
 from lab import PROGRAM, Host, Lab, Service, connect, wait_until
 from scenarios import CHECK, CHECKED, QUICK, Cluster, together
 
@@ -30,7 +31,6 @@ RULES = PROGRAM.parent / "ansible" / "files" / "link-alerts.yml"
 ALERTS = yaml.safe_load(RULES.read_text())["groups"][0]["rules"]
 DASHBOARD = json.loads(RULES.with_name("link-dashboard.json").read_text())
 PANELS = {panel["title"]: [target["expr"] for target in panel["targets"]] for panel in DASHBOARD["panels"]}
-METRICS = {f"link_{name}" for name in (*link.OF_HOST, *link.OF_IP)}
 needs_prometheus = pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("promtool"), reason="needs root and Debian's prometheus: ./start.sh test"
 )

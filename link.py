@@ -3804,6 +3804,8 @@ class Server(socketserver.ThreadingTCPServer):  # HTTPServer's look-up of its ow
         self.address_family = socket.AF_INET6 if ":" in agent.config.listen_address[0] else socket.AF_INET
         address: Any = socket.getaddrinfo(*agent.config.listen_address, self.address_family)[0][4]  # with its scope
         super().__init__(address, Handler)
+        if self.tls:  # the handshake is at the first read: its thread's, not the acceptor's
+            self.socket = self.tls.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
 
     def server_bind(self) -> None:
         """Also to an address that is not there yet."""
@@ -3819,17 +3821,6 @@ class Server(socketserver.ThreadingTCPServer):  # HTTPServer's look-up of its ow
         for client in [client for client, due in self.clients.copy().items() if due < before][:most]:
             with contextlib.suppress(OSError):
                 client.shutdown(socket.SHUT_RDWR)
-
-    def get_request(self) -> Any:
-        """Out of descriptors accept() fails at once, again and again: not in a hot loop."""
-        try:
-            client, address = super().get_request()
-        except OSError:
-            threading.Event().wait(ANSWER)
-            raise
-        if self.tls:  # the handshake is at the first read: its thread's, not the acceptor's
-            client = self.tls.wrap_socket(client, server_side=True, do_handshake_on_connect=False)
-        return client, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """In a new thread. Raises RuntimeError where there is none to be had."""

@@ -3918,14 +3918,6 @@ class Config:
         return [str(ipaddress.ip_address(valid(witness, _IP, "each"))) for witness in self.witnesses]
 
     @property
-    def notified(self) -> str:
-        """`on_change`. Raises ValueError where it is neither a URL nor a path."""
-        if not re.fullmatch(r"(/.*|https?://(\[[^]]+\]|[^]/?#@:\s]+)(:\d+)?([/?#]\S*)?)?", self.on_change):
-            raise ValueError("use http[s]://HOST[:PORT]/PATH, with no user or space, or the whole path of a program")
-        int(urllib.parse.urlsplit(self.on_change).port or 0)  # it may be out of range
-        return self.on_change
-
-    @property
     def servers(self) -> list[str]:
         """ZooKeeper's hosts, as they are written but for capitals."""
         return [server.rpartition(":")[0].strip("[]").lower() for server in self.ensemble[0].split(",")]
@@ -3972,12 +3964,15 @@ def _wrong_values(c: Config) -> Iterator[tuple[str, Any]]:
         outside = isinstance(value, int | float) and not low <= value <= high
         yield o.name, outside and f"{value} is out of range; use {low:g} to {high:g}"
         yield o.name, choices and value not in choices and f"{value!r} is none of {', '.join(choices)}"
-    for key, parsed in (("listen", "listen_address"), ("witnesses", "witness_addresses"), ("ips", "virtual_ips"),
-                        ("on_change", "notified")):  # fmt: skip
+    for key, parsed in (("listen", "listen_address"), ("witnesses", "witness_addresses"), ("ips", "virtual_ips")):
         try:
             getattr(c, parsed)
         except (ValueError, Invalid) as error:
             yield key, str(error)
+    url = re.fullmatch(r"(/.*|https?://(\[[^]]+\]|[^][/?#@:\s]+)(:(?P<port>[0-9]{1,5}))?([/?#]\S*)?)?", c.on_change)
+    address = "use http[s]://HOST[:PORT]/PATH, with no user or space, or the whole path of a program"
+    yield "on_change", not url and address
+    yield "on_change", url and int(url["port"] or 0) > 65535 and "its port is out of range; use 1 to 65535"
     yield "state_dir", not c.state_dir and "name the whole path of a directory, e.g. /var/lib/link"
     right = re.fullmatch(r"[0-9A-Za-z][\w.-]{0,252}", c.hostname, re.ASCII)
     yield "hostname", not right and f"{c.hostname!r} is not a host name"

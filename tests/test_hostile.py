@@ -155,7 +155,7 @@ def refused(path: Path, text: str | bytes, **environ: str) -> str:
         assert re.fullmatch(rf"({known}): [^\x00-\x1f\x7f\ud800-\udfff]{{10,}}", str(error)), error
         return str(error)
     link.credentials(config.user, config.password)
-    assert os.fsencode(config.state_dir) and config.listen_address and config.notified is config.on_change
+    assert os.fsencode(config.state_dir) and config.listen_address
     return ""
 
 

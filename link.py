@@ -65,7 +65,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
@@ -4335,24 +4334,24 @@ def status(argv: Sequence[str]) -> int:
     parser.add_argument("--config", metavar="FILE", help="whose agent to ask (default: /etc/link/link.yml)")
     parser.add_argument("--url", help="or its API: http[s]://[USER:PASSWORD@]HOST:PORT")
     args, context = parser.parse_args(argv), ssl.create_default_context()
-    to = urllib.parse.urlsplit((args.url or "").rstrip("/"))
-    url = to._replace(netloc=to.netloc.rpartition("@")[2]).geturl()
+    to = urllib.parse.urlsplit(args.url or "")
     user, password = (urllib.parse.unquote(word or "") for word in (to.username, to.password))
-    if not url:
+    if not args.url:
         config = load(["--config", args.config] if args.config else [])[0]
-        url, user, password = f"http{'s' * bool(config.tls_cert)}://{config.listen}", config.user, config.password
+        to = urllib.parse.urlsplit(f"http{'s' * bool(config.tls_cert)}://{config.listen}")
+        user, password = config.user, config.password
         if config.tls_cert:  # it is this host's own, whatever name it has
             context.load_verify_locations(config.tls_cert)
             context.check_hostname = False
             context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # whoever has signed it
-    ask = functools.partial(fetch, context=context, authorization=f"Basic {credentials(user, password)}")
+    ask = functools.partial(fetch, to, context, f"Basic {credentials(user, password)}")
     for wait in (0.0, TICK):  # while an IP moves it is on two hosts for a moment
         threading.Event().wait(wait)
-        health = ask(f"{url}/health")
         try:
+            health = ask("/health")
             trouble = [f"{health['hostname']}: {each}" for each in health["trouble"]]
-            rows, wrong = read_status(ask(f"{url}/ips")["ips"])
-        except (LookupError, TypeError, AttributeError):
+            rows, wrong = read_status(ask("/ips")["ips"])
+        except (json.JSONDecodeError, LookupError, TypeError, AttributeError):
             raise ValueError("what answers there is no agent of this version: reload it, or name another URL") from None
         if not wrong:
             break
@@ -4363,20 +4362,19 @@ def status(argv: Sequence[str]) -> int:
     return bool(wrong)
 
 
-def fetch(url: str, context: ssl.SSLContext, authorization: str) -> Any:
+def fetch(to: urllib.parse.SplitResult, context: ssl.SSLContext, authorization: str, path: str) -> Any:
     """GET what is JSON. Raises OSError, HTTPException, ValueError."""
-    request = urllib.request.Request(url, headers={"Authorization": authorization})
-    handlers = urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
-    try:
-        answer = urllib.request.build_opener(*handlers).open(request, timeout=LONG)
-    except urllib.error.HTTPError as error:
-        if error.code != http.HTTPStatus.SERVICE_UNAVAILABLE:  # so says an agent that is not healthy, and why
-            raise
-        answer = error
-    with answer:
-        if "error" in (got := json.load(answer)):
-            raise OSError(f"{url}: {got['error']}")
-        return got
+    if to.scheme not in ("http", "https"):
+        raise ValueError("the URL must begin with http:// or https://")
+    connection = http.client.HTTPConnection(to.hostname or "", to.port, timeout=LONG)
+    if to.scheme == "https":
+        connection = http.client.HTTPSConnection(to.hostname or "", to.port, timeout=LONG, context=context)
+    with contextlib.closing(connection):
+        connection.request("GET", to.path.rstrip("/") + path, headers={"Authorization": authorization})
+        got = json.load(connection.getresponse())
+    if "error" in got:
+        raise OSError(f"{to.hostname}: {got['error']}")
+    return got
 
 
 def read_status(ips: Iterable[Mapping[str, Any]]) -> tuple[list[list[str]], list[str]]:

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import http.client
 import http.server
 import inspect
 import io
@@ -33,7 +34,6 @@ import sys
 import threading
 import time
 import types
-import urllib.request
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -2941,10 +2941,10 @@ def test_status_prints_the_table_and_its_exit_code_says_whether_all_is_well(tmp_
     capsys.readouterr()
     assert link.main(["status", "--url", url]) == 2
     assert "refused" in capsys.readouterr().err
-    for answer in ({"error": "busy"}, {"hostname": "node1"}, []):  # an agent of another version, or none
-        monkeypatch.setattr(
-            urllib.request.OpenerDirector, "open", lambda *_, got=answer, **__: io.StringIO(json.dumps(got))
-        )
+    for answer in ({"error": "busy"}, {"hostname": "node1"}, [], None):  # an agent of another version, or none
+        said = io.StringIO(json.dumps(answer) if answer is not None else "<html>")
+        monkeypatch.setattr(http.client.HTTPConnection, "request", lambda *_, **__: None)
+        monkeypatch.setattr(http.client.HTTPConnection, "getresponse", lambda _, said=said: said)
         assert link.main(["status", "--url", url]) == 2
         assert capsys.readouterr().err.count("\n") == 1
 

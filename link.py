@@ -3387,14 +3387,8 @@ class Api(Agent):
 
 Values = float | list[tuple[dict[str, str], float]]  # the latter where more labels tell them apart
 Families = dict[str, tuple[str, Values]]  # by name: what it means, and what it is
+Document = tuple[str, str]  # its type and its text: sent as it is, not as JSON
 ZOOKEEPER = ("none", "connecting", "connected", "lost")
-
-
-class Document(NamedTuple):
-    """What is sent as it is, not as JSON."""
-
-    type: str
-    text: str
 
 
 def of_host(a: Api) -> Families:
@@ -3463,7 +3457,7 @@ def write_metrics(told: Iterable[tuple[dict[str, str], Families]]) -> Document:
             for more, value in values if isinstance(values, list) else [({}, values)]:
                 words = [f"{key}={json.dumps(word, ensure_ascii=False)}" for key, word in {**labels, **more}.items()]
                 family += [f"link_{name}{{{','.join(words)}}} {float(value)}"] if math.isfinite(value) else []
-    return Document("text/plain; version=0.0.4; charset=utf-8", "\n".join([*itertools.chain(*lines.values()), ""]))
+    return "text/plain; version=0.0.4; charset=utf-8", "\n".join([*itertools.chain(*lines.values()), ""])
 
 
 # == Page: what a browser is shown =====================================================================================
@@ -3575,7 +3569,7 @@ def routes(agent: Api) -> list[Route]:
     def front(accept: str) -> Any:
         """GET /: the page for a browser, else the links."""
         if "text/html" in accept:
-            return Document("text/html; charset=utf-8", PAGE)
+            return "text/html; charset=utf-8", PAGE
         return {"version": VERSION, "links": ["/ips", "/health", "/metrics", "/version", "/openapi.json"]}
 
     def add(raw: Any) -> Change:
@@ -3729,7 +3723,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Invalid("json", str(error)) from None
 
     def _reply(self, status: int, body: Any) -> None:
-        kind, text = body if isinstance(body, Document) else ("application/json", json.dumps(body) + "\n")
+        kind, text = body if isinstance(body, tuple) else ("application/json", json.dumps(body) + "\n")
         data = b"" if status == 204 else text.encode()
         more = {"Content-Type": kind, "Content-Length": str(len(data))} if data else {}
         more |= {"Content-Security-Policy": PAGE_MAY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}

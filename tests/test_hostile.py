@@ -401,7 +401,7 @@ def test_an_agent_starts_on_any_state_directory_serves_what_is_configured_and_ke
             one.run(3, pace=0.1)
             served = {ip["ip"]: ip for ip in one.agent.list_ips().result(0)["ips"]}
             assert served[VIP]["bound"]
-            assert json.dumps([one.agent.get_ip(ip) for ip in served]) and link.metrics(one.agent).result(0)().text
+            assert json.dumps([one.agent.get_ip(ip) for ip in served]) and link.metrics(one.agent).result(0)()[1]
             with contextlib.suppress(link.LinkError):  # it may be there already
                 one.call(one.agent.add_ip, {"ip": "10.0.0.77"})
         with agent_in(Path(folder), ips=[{"ip": VIP}]) as one:

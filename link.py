@@ -2762,15 +2762,12 @@ class Loop:
     def call(self, function: Callable[..., Any], *args: Any, timeout: float) -> Any:
         """As ask(), and wait for the result. From other threads."""
         asked = result = self.ask(function, *args)
-        while isinstance(future := result, Future):
-            if wait_for([future], timeout).not_done:
-                if future is asked and future.cancel():
+        while isinstance(result, Future):
+            if wait_for([result], timeout).not_done:
+                if result is asked and result.cancel():
                     raise LinkError(503, "busy", f"it could not be begun within {timeout:g} s; nothing was done")
                 raise LinkError(504, "not done in time", "see GET /ips")
-            try:
-                result = future.result()
-            except OSError as error:  # to who serves a client it would mean that the client is gone
-                raise RuntimeError(f"{function.__name__} failed") from error
+            result = result.result()
         return result
 
     def _answer(self, future: Future[Any], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -3649,8 +3646,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             status, body = self._route()
         except LinkError as error:
             status, body = error.status, error.body
-        except OSError:
-            raise  # the client went away
         except Exception:
             log.exception("%s '%s'", _safe(self.command), _safe(self.path))
             status, body = 500, {"error": "internal error", "detail": "see the agent's log"}
@@ -3684,14 +3679,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _refuse_strangers(self) -> None:
         """Who has no password; and a page in a browser here, which can post and, by DNS rebinding, read without any."""
         config = self.server.agent.config
-        names = {"localhost", *map(str.lower, (config.hostname, socket.gethostname(), config.listen_address[0]))}
+        names = {"localhost", config.hostname.lower(), socket.gethostname().lower()}
         for host in self.headers.get_all("Host", []):
             name = re.sub(r":\d*$", "", host.strip().lower()).rstrip(".")
             with contextlib.suppress(ValueError):
                 name = "localhost" if ipaddress.ip_address(name.strip("[]")) else name
             if name not in names:
-                known = ", ".join(sorted(names))
-                raise LinkError(403, "unknown host", f"the header Host must be an address or one of: {known}")
+                raise LinkError(403, "unknown host", f"Host must be an address or one of: {', '.join(sorted(names))}")
         scheme = "https" if self.server.tls else "http"
         if self.headers.get("Origin", own := f"{scheme}://{self.headers.get('Host')}") != own:
             raise LinkError(403, "no foreign pages", "leave out Origin: in a browser only this agent's page may ask")
@@ -3714,7 +3708,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         kind = self.headers.get_content_type() if "Content-Type" in self.headers else "application/json"
         if required and kind not in ("application/json", "application/x-www-form-urlencoded"):
             raise LinkError(415, "unsupported media type", "send application/json")
-        data = self.rfile.read(length)
+        data = b""
+        with contextlib.suppress(OSError):  # the client went away
+            data = self.rfile.read(length)
         if len(data) < length:
             raise Invalid("json", "the body is shorter than its Content-Length")
         try:

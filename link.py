@@ -2493,9 +2493,8 @@ class Store:
     """
 
     def __init__(self, config: Config) -> None:
-        self._dir, self._interval = Path(config.state_dir), config.health_check_interval
+        self._dir, self._config = Path(config.state_dir), config
         self.identity, self.trouble = [config.hostname, boot_id()], ""
-        self._follows = bool(config.zookeeper)
         self._entries: dict[str, VirtualIP | Any] = {}  # by address; what cannot be parsed: as it is, maybe by its text
         self._lines: int | None = None  # of the journal; None: to be begun anew
         self._changes: deque[tuple[str, Mapping[str, Any] | None]] = deque()  # to be written
@@ -2508,7 +2507,7 @@ class Store:
 
         def note(raw: Any, key: str = "") -> None:
             try:
-                vip = VirtualIP.parse(raw, self._interval)
+                vip = VirtualIP.parse(raw, self._config.health_check_interval)
                 self._entries.setdefault(vip.address, vip)  # of two in the file the first one counts
             except Invalid as error:
                 text = json.dumps(raw)
@@ -2622,12 +2621,11 @@ class Store:
             if host == self.identity[0] and boot in (self.identity[1], self.identity[1].partition(".")[0]):
                 number, password = got.get("session") or (0, "")
                 int(number), bytes.fromhex(password)
-                list(map(ipaddress.ip_interface, [*got.get("addresses", []), *got.get("states", {})]))
+                list(map(ipaddress.ip_interface, got.get("states", {})))
                 list(map(State, got.get("states", {}).values()))
-                macs = {str(host): str(mac) for host, mac in got.get("macs", {}).items()}
-                known = {"hosts": dict(got.get("hosts", {})), "macs": macs}
+                known = {key: dict(got.get(key, {})) for key in ("hosts", "macs")}
                 # without ZooKeeper nobody would ever tell who else has joined or left
-                return {**got, **(known if self._follows else {"hosts": {}, "macs": {}})}
+                return {**got, **known} if self._config.zookeeper else {**got, "hosts": {}, "macs": {}}
             log.warning("session.json is not of this host and boot: starting afresh")
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             log.warning("session.json cannot be used (%s): starting afresh", error)

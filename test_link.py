@@ -1314,7 +1314,7 @@ def test_a_stalled_disk_holds_up_no_caller_and_the_latest_session_is_written_soo
 
 
 WRONG_SESSIONS = [{"session": [1, "xy"]}, {"session": 5}, {"session": ["a", "ab"]}, {"states": {"10.0.0.10": "BUSY"}}]
-WRONG_SESSIONS += [{"states": ["STANDBY"]}, {"addresses": ["10.0.0"]}, {"hosts": 5}, {"macs": ["02:00:00:00:00:01"]}]
+WRONG_SESSIONS += [{"states": ["STANDBY"]}, {"hosts": 5}, {"macs": ["02:00:00:00:00:01"]}]
 WRONG_SESSIONS += [{"states": {"all": "STANDBY"}}]
 UNREADABLE = [b"", b"[]", b"5", b"{}", b'{"identity"', b"\xff", b'{"identity": null}', b"[" * 100000]
 

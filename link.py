@@ -4065,10 +4065,8 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     return [f"{name} in the environment is no key, and ignored; see link.py --help for the keys" for name in names]
 
 
-def make_config(
-    file: Mapping[str, Any], environ: Mapping[str, str], flags: Mapping[str, Any], api: bool = True
-) -> Config:
-    """Defaults < file < LINK_* environment < flags, validated; `api`: its certificate, too. Raises ConfigError."""
+def make_config(file: Mapping[str, Any], environ: Mapping[str, str], flags: Mapping[str, Any]) -> Config:
+    """Defaults < file < LINK_* environment < flags, validated. Raises ConfigError."""
     given = dict[str, Any]()
     for source in (file, {key: environ[name] for name, key in KEYS.items() if name in environ}, flags):
         given.update({key: value for key, value in source.items() if value is not None})
@@ -4079,7 +4077,7 @@ def make_config(
     for key, wrong in _wrong_values(config):
         if wrong:
             raise ConfigError(f"{key}: {wrong}")
-    tls_context(config, "zookeeper_"), api and tls_context(config)
+    tls_context(config, "zookeeper_")
     return config
 
 
@@ -4147,8 +4145,7 @@ def load(argv: Sequence[str]) -> tuple[Config, bool]:
     for key in REMOVED:  # understood, to be refused with the remedy
         group.add_argument("--" + key.replace("_", "-"), help=argparse.SUPPRESS)
     args, path = parser.parse_args(argv), config_path(argv)
-    file = read_config(path) if path else {}
-    return make_config(file, os.environ, vars(args), args.check), args.check  # a start serves the IPs without its API
+    return make_config(read_config(path) if path else {}, os.environ, vars(args)), args.check
 
 
 def config_path(argv: Sequence[str]) -> str:
@@ -4166,6 +4163,7 @@ def check(config: Config) -> None:
             __import__(name)
         except ImportError as error:
             raise ConfigError(f"cannot import {name} ({error}): pip install -r requirements.txt") from None
+    tls_context(config)  # a start serves the IPs without the API
     warnings, state_dir = unknown_variables(os.environ), Path(config.state_dir)
     try:
         for path in (path for path in (state_dir, *state_dir.parents) if os.path.lexists(path) and not path.is_dir()):

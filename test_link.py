@@ -535,7 +535,8 @@ BAD_VALUES: dict[str, list[tuple[Any, str]]] = {  # key: value, or several keys;
 @table("key, value, remedy", [(key, *row) for key, rows in BAD_VALUES.items() for row in rows])
 def test_a_wrong_value_is_refused_naming_the_key_and_the_remedy(key, value, remedy):
     with pytest.raises(link.ConfigError) as error:
-        make_config({"interface": "eth0", **(value if isinstance(value, dict) else {key: value})}, {}, {})
+        given = value if isinstance(value, dict) else {key: value}
+        link.tls_context(make_config({"interface": "eth0", **given}, {}, {}))
     assert str(error.value).startswith(f"{key}: ") and remedy in str(error.value)
     assert "secret" not in str(error.value)
 
@@ -723,12 +724,12 @@ def test_a_number_where_text_is_wanted_is_refused_since_yaml_may_have_changed_it
     assert link.make_config({"interface": "eth0"}, {"LINK_HOSTNAME": "16"}, {}).hostname == "16"
 
 
-def test_a_certificate_that_cannot_be_used_is_found_by_a_check_and_stops_no_start(tmp_path):
+def test_a_certificate_that_cannot_be_used_is_found_by_a_check_and_stops_no_start(tmp_path, capsys):
     file = tmp_path / "link.yml"
     file.write_text(f"interface: eth0\ntls_cert: {SOURCE}\ntls_key: {SOURCE}\n")
     assert link.load(["--config", str(file)])[0].tls_cert == str(SOURCE)
-    with pytest.raises(link.ConfigError, match="not PEM files"):
-        link.load(["--config", str(file), "--check"])
+    assert link.main(["--config", str(file), "--check"]) == 2
+    assert f"tls_cert: {SOURCE}, {SOURCE}: not PEM files" in capsys.readouterr().err
 
 
 class Reloaded:

@@ -3468,7 +3468,9 @@ th, td { text-align: left; vertical-align: top; padding: .4rem .7rem .4rem 0; bo
 .ACTIVATED { color: var(--good) } .ACTIVATED, .FAILING { font-weight: 600 } button { font: inherit; cursor: pointer }
 td:first-child button { border: 0; padding: 0; background: none; color: inherit; text-decoration: underline dotted }
 </style></head><body><h1>LinK</h1><p id="health">asks the agent</p><p id="news" role="alert"></p><table>
-<thead><tr id="head"></tr></thead><tbody id="ips"></tbody></table><script>
+<thead><tr><th>IP<th>Holder<th>Next in line<th id="here"><th>Since (UTC)<th>Why<th>Conflicts<th>Move</tr></thead>
+<tbody id="ips"></tbody></table><template id="row">
+<tr><td><button></button><td><td><td><td><td><td><td><button></button><tr hidden><td colspan="8"></template><script>
 const rows = new Map(), find = id => document.getElementById(id), make = tag => document.createElement(tag)
 const put = (node, text) => { if (node.textContent !== text) node.textContent = text; return node }
 const utc = time => time.replace("T", " ").replace("Z", "")
@@ -3489,13 +3491,11 @@ function order({ip}) {
     .then(result => put(find("news"), `${ip.ip}: ${what}: ${result}`))
 }
 function newRow(id) {
-  const row = {line: make("tr"), past: make("tr"), name: make("button"), move: make("button")}
-  row.cells = Array.from({length: 8}, () => row.line.insertCell())
-  row.cells[0].append(row.name), row.cells[7].append(row.move)
-  row.past.hidden = row.past.insertCell().colSpan = 8
-  row.name.onclick = () => { row.past.hidden = !row.past.hidden; show(row.ip) }
-  row.move.onclick = () => order(row)
-  find("ips").append(row.line, row.past)
+  const [line, past] = find("row").content.cloneNode(true).children, [name, move] = line.querySelectorAll("button")
+  const row = {line, past, name, move, cells: line.cells}
+  name.onclick = () => { past.hidden = !past.hidden; show(row.ip) }
+  move.onclick = () => order(row)
+  find("ips").append(line, past)
   return rows.set(id, row).get(id)
 }
 async function show(ip) {
@@ -3525,7 +3525,7 @@ async function refresh() {
     seen = utc(new Date().toISOString().slice(0, 19))
     find("health").className = health.healthy ? "" : "bad"
     put(find("health"), `As ${host} knows it at ${seen} UTC. ${health.trouble.join("; ") || "This host is well"}.`)
-    put(find("head").cells[3], `On ${host}`)
+    put(find("here"), `On ${host}`)
     await Promise.allSettled(ips.map(show))
     for (const [id, {ip, line, past}] of rows) ips.includes(ip) || [line.remove(), past.remove(), rows.delete(id)]
     if (find("news").textContent.startsWith("No answer")) put(find("news"), "The agent answers again")
@@ -3534,8 +3534,6 @@ async function refresh() {
   }
   setTimeout(refresh, 1000)
 }
-for (const word of ["IP", "Holder", "Next in line", "", "Since (UTC)", "Why", "Conflicts", "Move"])
-  find("head").append(Object.assign(make("th"), {textContent: word, scope: "col"}))
 refresh()</script></body></html>"""
 PAGE_MAY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; \
 frame-ancestors 'none'; base-uri 'none'; form-action 'none'"

@@ -3786,9 +3786,8 @@ class Server(socketserver.ThreadingTCPServer):  # HTTPServer's look-up of its ow
         """Raises OSError where it cannot listen."""
         self.agent, self.routes, self.clients = agent, routes(agent), {} if clients is None else clients
         self._free, self.tls = threading.BoundedSemaphore(MAX_REQUESTS), tls_context(agent.config)
-        self.address_family = socket.AF_INET6 if ":" in agent.config.listen_address[0] else socket.AF_INET
-        address: Any = socket.getaddrinfo(*agent.config.listen_address, self.address_family)[0][4]  # with its scope
-        super().__init__(address, Handler)
+        self.address_family, *_, address = socket.getaddrinfo(*agent.config.listen_address)[0]  # with its scope
+        super().__init__(cast(Any, address), Handler)
         if self.tls:  # the handshake is at the first read: its thread's, not the acceptor's
             self.socket = self.tls.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
 
@@ -3920,11 +3919,11 @@ class Config:
 
     @property
     def listen_address(self) -> tuple[str, int]:
-        """`listen` as host (an address, or localhost) and port. Raises ValueError."""
+        """`listen` as an address (localhost's is 127.0.0.1) and a port. Raises ValueError."""
         host, _, port = self.listen.rpartition(":")
-        host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+        host = "127.0.0.1" if host == "localhost" else host.removeprefix("[").removesuffix("]")
         with contextlib.suppress(ValueError):
-            if (host == "localhost" or ipaddress.ip_address(host)) and 0 <= int(port) <= 65535:
+            if ipaddress.ip_address(host) and 0 <= int(port) <= 65535:
                 return host, int(port)
         raise ValueError(f"{self.listen!r} is not address:port, e.g. 127.0.0.1:1313")
 
@@ -3967,8 +3966,7 @@ def _wrong_values(c: Config) -> Iterator[tuple[str, Any]]:
     yield "zookeeper_auth", c.zookeeper_auth and ":" not in c.zookeeper_auth and "must be user:password"
     short = c.at_most_one and c.session_timeout < 2
     yield "session_timeout", short and "at-most-one needs 2 s or more: kernels count address lifetimes in whole seconds"
-    host = c.listen_address[0]
-    open_ = not c.password and host != "localhost" and not ipaddress.ip_address(host).is_loopback
+    open_ = not c.password and not ipaddress.ip_address(c.listen_address[0]).is_loopback
     yield "user", open_ and f"required with password because listen ({c.listen}) is not loopback"
     yield "user", c.user and not c.password and "needs password, too"
     yield "password", c.password and not c.user and "needs user, too"

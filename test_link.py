@@ -481,6 +481,7 @@ def test_the_environment_can_hold_lists_and_secrets_and_zookeeper_alone_may_go_w
     assert [str(vip.ip) for vip in config.virtual_ips] == [VIP]
     assert (config.password, config.listen_address) == ("1234", ("::", 80))
     assert config.virtual_ips == make_config({"interface": "eth0"}, environ, {}).virtual_ips  # the ids, too
+    assert make_config({"interface": "eth0", "listen": "localhost:80"}, {}, {}).listen_address == ("127.0.0.1", 80)
     given = {"interface": "eth0", "zookeeper": "z:1", "probe_count": 0, "witnesses": ["FE80::0099", "10.0.0.9"]}
     assert make_config(given, {}, {}).witness_addresses == ["fe80::99", "10.0.0.9"]  # as the wire spells them
 

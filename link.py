@@ -3413,13 +3413,11 @@ def of_host(a: Api) -> Families:
 
 def of_ip(vip: Vip) -> Families:
     """What is told of each IP."""
-    story, results = vip.story, vip.checks.results
+    story, since = vip.story, datetime.fromisoformat(vip.story.since).timestamp()
     return {
         "ip_status": ("1 for what this host is for the IP", [({"status": s}, s is vip.state) for s in State]),
         "ip_bound": ("whether this host's kernel has the IP", vip.bound),
-        "ip_since_timestamp_seconds": (
-            "when the status last changed, also by an earlier process",
-            datetime.fromisoformat(story.since).timestamp()),
+        "ip_since_timestamp_seconds": ("when the status last changed, also by an earlier process", since),
         "ip_transitions_total": (
             "changes of the status by this process", [({"event": e}, n) for e, n in story.events.items()]),
         "ip_conflicts_total": (
@@ -3429,7 +3427,7 @@ def of_ip(vip: Vip) -> Families:
         "ip_gap_seconds": (
             "at the last move to this host: since it was last heard elsewhere, the most it can have been away",
             [({"move": move}, seconds) for move, seconds in story.gaps.items()]),
-        "ip_check_ok": ("the verdict of each check", [({"check": c}, ok) for c, ok in results.items()]),
+        "ip_check_ok": ("the verdict of each check", [({"check": c}, ok) for c, ok in vip.checks.results.items()]),
     }  # fmt: skip
 
 
@@ -4063,9 +4061,8 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
 
 def make_config(file: Mapping[str, Any], environ: Mapping[str, str], flags: Mapping[str, Any]) -> Config:
     """Defaults < file < LINK_* environment < flags, validated. Raises ConfigError."""
-    given = dict[str, Any]()
-    for source in (file, {key: environ[name] for name, key in KEYS.items() if name in environ}, flags):
-        given.update({key: value for key, value in source.items() if value is not None})
+    variables = {key: environ[name] for name, key in KEYS.items() if name in environ}
+    given = {key: value for each in (file, variables, flags) for key, value in each.items() if value is not None}
     for key in REMOVED.keys() & given.keys():
         raise ConfigError(f"{key}: is no key any more, remove it: {REMOVED[key]}")
     values = {option.name: _typed(option, given[option.name]) for option in OPTIONS if option.name in given}

@@ -342,7 +342,7 @@ class Facts(NamedTuple):
     taken: bool = False  # whom we told to take it is the one that is heard
     healthy: bool = True
     unsure: bool = False  # the last result of a check was a failure, or is too old
-    rank: float = 0  # hosts that go before us when all fail; inf: our own checks have no verdict yet
+    rank: float = 0  # hosts that go before us when all fail; inf: our own checks have no verdict yet, or it is no VIP
     intent: Intent = Intent.RUN
 
     @property
@@ -522,11 +522,6 @@ class Heard(NamedTuple):
     kind: Kind
     broadcast: bool
 
-    @property
-    def asks(self) -> bool:
-        """Whether it is a probe."""
-        return self.kind is Kind.ASK
-
 
 class Frames:
     """All frames as sent from one MAC. `own` has this host's link-local IPv6 address under 6, if there is one.
@@ -585,8 +580,9 @@ def read_frame(frame: bytes) -> Heard | None:
     mac, kind, about = frame[6:12], None, frame[62:78]
     if frame[12:21] == b"\x08\x06\x00\x01\x08\x00\x06\x04\x00" and frame[22:28] == mac and len(frame) >= 42:
         op, about = frame[21], frame[28:32]
+        answers_a_claim = op == 2 and not frame[0] & 1 and frame[38:42] == about  # only a proxy does, for a router
         if any(about):
-            kind = Kind.CLAIM if op in (1, 2) else None
+            kind = Kind.CLAIM if op in (1, 2) and not answers_a_claim else None
         elif op == Kind.ASK or (op in (Kind.WANT, Kind.GIVE) and frame[32:38] == WORD + b"\0\0"):
             kind, about = Kind(op), frame[38:42]
     elif frame[12:14] == b"\x86\xdd" and len(frame) >= 78 and frame[20:22] == b"\x3a\xff" and frame[54] in (135, 136):
@@ -920,17 +916,14 @@ class Wire:
         for witness in self._witnesses.values() if self._frames else ():
             owes = witness.met and witness.asked < math.inf  # it, or its answer, may have been lost
             if owes or (not witness.met and (witness.tries < 5 or witness.tries % LONG == 0)):
-                self._ask_witness(witness)
+                self._ask_witnesses(math.inf, witness)
             witness.tries += not witness.met
 
-    def _ask_witnesses(self, now: float) -> None:
-        for witness in self._witnesses.values():
+    def _ask_witnesses(self, now: float, *some: _Witness) -> None:
+        for witness in some or self._witnesses.values():
             witness.asked = min(witness.asked, now)
-            self._ask_witness(witness)
-
-    def _ask_witness(self, witness: _Witness) -> None:
         if self._frames:
-            self._send([self._frames.ask(witness.address)])
+            self._send([self._frames.ask(witness.address) for witness in some or self._witnesses.values()])
 
 
 # == Referee: who should have each IP; the only place that knows kazoo =================================================
@@ -1803,6 +1796,13 @@ class Network:
         return [sock.fileno() for sock in [*self._packets.values(), self._hints]]
 
 
+def reserved(addresses: Mapping[Address, bool]) -> frozenset[str]:
+    """Of those of a host what LinK did not add, and what Linux takes for broadcasts in their networks (RFC 1122)."""
+    found = [ip for ip, ours in addresses.items() if not ours]
+    nets = [ip.network for ip in found if ip.version == 4 and ip.network.prefixlen < 31]
+    return frozenset(map(str, [*(ip.ip for ip in found), *(each for net in nets for each in (net[0], net[-1]))]))
+
+
 def _sysctl(name: str) -> str:
     """A setting below /proc/sys/net; empty where there is none."""
     with contextlib.suppress(OSError), open(f"/proc/sys/net/{name}", encoding="ascii") as file:
@@ -2139,7 +2139,7 @@ class Vip:
         """'' or why this host cannot serve the IP."""
         link = self.agent.kernel.link
         of_family = link.trouble6 if self.vip.ip.version == 6 else link.trouble4
-        foreign = "this host has the address for itself" * (self.vip.address in self.agent.kernel.foreign)
+        foreign = (owner := self.agent.owner(self.vip.address)) and f"{owner} has the address for itself"
         failed = f"cannot bind: {self.failed[1]}" * (self.failed[0] > 0 and now < self.at.retry)
         return link.trouble or of_family or foreign or failed or self.checks.trouble
 
@@ -2162,6 +2162,7 @@ class Vip:
         foreign = bound and lock.lock is Lock.OTHER and not holder.session  # another program: nobody will answer
         judged = known and not bound and lock.lock in (Lock.OTHER, Lock.WAITING)
         accused = (a.peers[holder.host].addresses if lock.place == 1 and wire.met else ()) if judged else None
+        may = self.checks.judged and not a.owner(self.vip.address)
         return Facts(
             **heard,
             lock=lock.lock,
@@ -2182,7 +2183,7 @@ class Vip:
             taken=unknown and at.leaving is not None and mac in self.gave and wire.heard <= TICK,
             healthy=not self.trouble(now),
             unsure=self.checks.unsure,
-            rank=sum(r.mac < link.mac.hex(":") for r in a.peers.values() if r.mac) if self.checks.judged else math.inf,
+            rank=sum(r.mac < link.mac.hex(":") for r in a.peers.values() if r.mac) if may else math.inf,
             intent=self.intent,
         )
 
@@ -2195,7 +2196,7 @@ class Vip:
         facts, decide_ = self.facts(now, lock), at_most_one if self.agent.config.at_most_one else decide
         while (decision := decide_(self.state, facts)).event is not None:
             self._enter(decision.event, decision.reason, now)
-        if self.state is State.FAILING and facts.rank < math.inf:  # from the start: no event has led to it
+        if self.state is State.FAILING and self.checks.judged:  # from the start: no event has led to it
             self.agent.tell(self, Event.HEALTH_CHECK_FAIL, self.trouble(now) or self.agent.hears_nobody)
         trouble = self.trouble(now) or ("" if facts.fit else self.agent.hears_nobody)
         self.reason = f"{decision.reason} ({trouble})" if trouble else decision.reason
@@ -2212,8 +2213,8 @@ class Vip:
         return min(due, self._due(facts, now))
 
     def _post_result(self, function: Callable[..., Any], *args: Any) -> None:
-        self.agent.post(function, *args)
-        self.agent.post(self.agent.news, self.vip.address)
+        self.agent.loop.post(function, *args)
+        self.agent.loop.post(self.agent.news, self.vip.address)
 
     def _enter(self, event: Event, reason: str, now: float) -> None:
         old, self.state = self.state, TRANSITIONS[self.state, event]
@@ -2352,8 +2353,9 @@ class Vip:
 
     def hear(self, heard: Heard, known: bool, fresh: bool, now: float) -> None:
         """Somebody has, asks for, wants or gives it."""
-        unknown = heard.kind is not Kind.CLAIM and self.lock(now).lock is Lock.UNKNOWN
-        if heard.asks and heard.broadcast and unknown:  # else the queue says who goes first
+        claims = heard.kind is Kind.CLAIM
+        unknown = not claims and self.lock(now).lock is Lock.UNKNOWN
+        if heard.kind is Kind.ASK and heard.broadcast and unknown:  # else the queue says who goes first
             self.agent.wire.give_way(self.vip.address, heard.mac)
         if heard.kind is Kind.GIVE and unknown and not heard.broadcast:
             self.at.given = heard.mac, now
@@ -2362,12 +2364,12 @@ class Vip:
             if now - max(others, default=-math.inf) > TICK:  # else three would have it: one hand-over after the other
                 self._give(heard.mac, now)
         elif self.bound and self.intent is Intent.RUN and heard.kind in (Kind.ASK, Kind.CLAIM):
-            if not (known or heard.asks or heard.broadcast or now - self.at.told < REFRESH):
+            if claims and not (known or heard.broadcast or now - self.at.told < REFRESH):
                 self.at.told, text = now, "vip=%s is also answered for by %s: remove it there, unless that is proxy ARP"
                 log.warning(text, self.vip.ip, heard.mac.hex(":"))
-            if not heard.asks or (known and heard.broadcast):
-                self.announce_anew(now, crossed=heard.broadcast and not heard.asks)
-            if not heard.asks and fresh and now > self.at.bound + TICK:
+            if claims or (known and heard.broadcast):
+                self.announce_anew(now, crossed=heard.broadcast and claims)
+            if claims and fresh and now > self.at.bound + TICK:
                 self.agent.referee.distrust(self.vip.address)
 
     def lets_go(self, mac: bytes, now: float) -> bool:
@@ -2813,14 +2815,14 @@ class _Kernel:
     link: Link = field(default_factory=Link)
     addresses: dict[str, bool] = field(default_factory=dict)  # with their prefix lengths; True: LinK added it
     own: dict[int, str] = field(default_factory=dict)  # this host's own one per IP version
-    foreign: frozenset[str] = frozenset()  # those that LinK did not add, without their prefix lengths
+    foreign: frozenset[str] = frozenset()  # as reserved() says
     due: float = -math.inf  # when to look again
     again: float = -math.inf  # not before: at most 1/30 of the time, as every change of an address is reported
     error: str = ""
 
 
 class Agent:
-    """One host's agent: everything but post() runs in the loop's thread."""
+    """One host's agent: everything but loop.post() runs in the loop's thread."""
 
     SLACK = 0.6  # seconds by which the kernel's timer may end an address too late
     hears_nobody = "hears nobody: neither the holder nor any witness answers; check its switch port and VLAN"
@@ -2837,7 +2839,7 @@ class Agent:
         self.config, self.network, self.store, self.clock = config, network, store, clock or Clock()
         self.pool = pool or Pool()
         self.loop, self.kernel = Loop(self.clock), _Kernel()
-        self.notices = Notices(config.on_change, self.post)
+        self.notices = Notices(config.on_change, self.loop.post)
         self.vips: dict[str, Vip] = {}
         self.peers: dict[str, Record] = {}  # the last known records of the other hosts
         self.macs: dict[str, str] = {}  # of the other hosts, and the last HOSTS that left: one may rejoin unseen
@@ -2847,10 +2849,6 @@ class Agent:
         self.wire = Wire(config.probe_interval, self.referee.rest, config.probe_count, network.send)
 
     # -- the loop --------------------------------------------------------------------------------------
-
-    def post(self, function: Callable[..., Any], *args: Any) -> None:
-        """Have the loop call this; from any thread or signal handler."""
-        self.loop.post(function, *args)
 
     def start(self) -> None:
         """Load what is configured, adopt what an earlier process left, begin to contend."""
@@ -3035,7 +3033,7 @@ class Agent:
         if vip and heard.kind is Kind.CLAIM and vip.lets_go(heard.mac, now):
             return
         news = self.wire.hear(heard, known, now)
-        if not vip or (heard.asks and not heard.broadcast) or not (known or heard.kind is Kind.CLAIM):
+        if not vip or (heard.kind is Kind.ASK and not heard.broadcast) or not (known or heard.kind is Kind.CLAIM):
             return
         vip.hear(heard, known, fresh, now)
         if news or vip.bound or heard.kind in (Kind.GIVE, Kind.WANT):
@@ -3071,6 +3069,11 @@ class Agent:
         if self.wire.witnesses(each for each in found if each not in self.kernel.foreign and each not in self.vips):
             self.loop.tick_at = -math.inf  # to meet them, once the kernel lets their answers through
 
+    def owner(self, address: str) -> str:
+        """Which host is known to have it for itself, so that it can be no virtual IP; '': none."""
+        peers = (host for host, record in self.peers.items() if address in record.addresses)
+        return "this host, or its network," if address in self.kernel.foreign else next(peers, "")
+
     def _record(self) -> Record:
         own = tuple(sorted(self.kernel.own.values()))
         return Record(self.kernel.link.mac.hex(":"), own, boot_id(), self.config.promise)
@@ -3090,8 +3093,7 @@ class Agent:
             return
         again = began + min(TICK, 30 * (self.clock.now() - began))
         addresses = {str(ip): ours for ip, ours in found.items()}
-        foreign = frozenset(str(ip.ip) for ip, ours in found.items() if not ours)
-        self.kernel = _Kernel(link, addresses, own, foreign, began + 5 * TICK, again)
+        self.kernel = _Kernel(link, addresses, own, reserved(found), began + 5 * TICK, again)
         for address, vip in self.vips.items():
             was, there = old.addresses.get(vip.vip.key), addresses.get(vip.vip.key)
             if was and not there and link.number:
@@ -3215,7 +3217,7 @@ def troubles(agent: Agent) -> list[str]:
     lost = ": ".join(filter(None, ["ZooKeeper is lost", referee.causes])) * (referee.state == "lost")
     wrong = [link.trouble or agent.kernel.error, agent.network.send_error, lost, referee.refused]
     wrong += sorted({link.trouble6 if vip.vip.ip.version == 6 else link.trouble4 for vip in vips})
-    two = [vip for vip in vips if vip.at.rivalled > max(now - LONG, vip.at.rival_since + TICK)]
+    two = [vip for vip in vips if vip.bound and vip.at.rivalled > max(now - LONG, vip.at.rival_since + TICK)]
     also = "{} is on two hosts, here and at {}: remove it there, or give both hosts the same zookeeper"
     wrong += [also.format(vip.vip.ip, vip.story.rival.hex(":")) for vip in two[:3]]
     kept = [v for v in vips if v.bound and now - (v.at.leaving or now) > LONG and v.lock(now).lock is Lock.OTHER][:3]
@@ -3257,9 +3259,7 @@ class Api(Agent):
             self._sync()
         owners = dict.fromkeys(self.config.servers, "ZooKeeper")
         owners |= dict.fromkeys(self.wire.known(), "a gateway or witness")
-        owners |= {address: host for host, record in self.peers.items() for address in record.addresses}
-        owners |= dict.fromkeys(self.kernel.foreign, "this host")
-        if owner := owners.get(vip.address):
+        if owner := self.owner(vip.address) or owners.get(vip.address):
             raise Invalid("IP", f"{vip.address} is an address that {owner} has for itself")
         vip = replace(vip, id=f"vip-{uuid.uuid4()}")
         yield self.store.save_ip(vip.address, vip)
@@ -3349,7 +3349,7 @@ class Api(Agent):
         def go_on() -> None:
             shown.extend(words(vip, self.loop.now) for vip in left[:50] if self.vips.get(vip.vip.address) is vip)
             del left[:50]
-            self.post(go_on) if left else future.set_result(then(shown))
+            self.loop.post(go_on) if left else future.set_result(then(shown))
 
         go_on()
         return future
@@ -4167,9 +4167,11 @@ def check(config: Config) -> None:
             raise
         warnings += [f"{config.state_dir}: was not looked at ({error})"]
     try:
-        link = (network := Network(config.interface)).sync(listen=False)[0]
+        link, addresses, _ = (network := Network(config.interface)).sync(listen=False)
         if gateways := {*network.gateways()} & {vip.address for vip in config.virtual_ips}:
             raise ConfigError(f"ips: {gateways.pop()} is this host's default gateway; remove it")
+        own = sorted(reserved(addresses) & {vip.address for vip in config.virtual_ips})
+        warnings += [f"ips: {each} is this host's own, or its network's: FAILING while it has it" for each in own]
         found = [link.trouble, link.trouble4, link.trouble6 * any(vip.ip.version == 6 for vip in config.virtual_ips)]
     except OSError as error:
         found = [f"was not looked at ({error})"]
@@ -4228,17 +4230,15 @@ class Upgrade:
         return []
 
     def _prove(self) -> None:
-        why, files, agent = f"--check could not be run to its end in {3 * LONG:g} s", self._files(), self._agent
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            code = subprocess.run([*self._command, "--check"], timeout=3 * LONG, check=False).returncode
-            why = f"exit code {code}" if code else ""
+        why, files, agent = "", self._files(), self._agent
         try:
-            why = why or self._loses(load(self._argv)[0])
-        except OSError as error:
+            code = subprocess.run([*self._command, "--check"], timeout=3 * LONG, check=False).returncode
+            why = f"exit code {code}" if code else self._loses(load(self._argv)[0])
+        except (OSError, subprocess.TimeoutExpired) as error:
             why = str(error)
         except Exception as error:  # the new program may understand what this one does not
             log.debug("reload: %s", error)
-        agent.post(self._proven, why, files, agent.clock.now() + 3)
+        agent.loop.post(self._proven, why, files, agent.clock.now() + 3)
 
     def _loses(self, config: Config) -> str:
         """What this host would lose by that configuration, and why; '': nothing. Raises OSError."""
@@ -4261,7 +4261,8 @@ class Upgrade:
         if not why and (agent.busy() or math.inf in [*self._clients.values()]) and now < deadline:
             if now > deadline - TICK:
                 agent.refuse("restarting")
-            return threading.Timer(LINGER, agent.post, (self._proven, why, files, deadline)).start()  # to be answered
+            again = agent.loop.post, (self._proven, why, files, deadline)
+            return threading.Timer(LINGER, *again).start()  # who waits is to be answered
         self._proves = False
         if self._asked or files != self._files():
             self.ask()
@@ -4277,11 +4278,12 @@ def serve(config: Config, argv: Sequence[str], written: Callable[[], None]) -> N
     """Run until stopped. Raises OSError."""
 
     def connect(agent: Agent) -> Referee | NoReferee:
-        return Referee(config, agent.clock.now, agent.post, agent.referee_news) if config.zookeeper else NoReferee()
+        loop = agent.clock.now, agent.loop.post, agent.referee_news
+        return Referee(config, *loop) if config.zookeeper else NoReferee()
 
     def stop(number: int, _: object) -> None:
         stops.append(number)
-        agent.post(agent.stop)
+        agent.loop.post(agent.stop)
 
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
@@ -4289,7 +4291,7 @@ def serve(config: Config, argv: Sequence[str], written: Callable[[], None]) -> N
     clients, stops = dict[Any, float](), list[int]()
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGHUP, functools.partial(agent.post, Upgrade(agent, argv, clients).ask))
+    signal.signal(signal.SIGHUP, functools.partial(agent.loop.post, Upgrade(agent, argv, clients).ask))
     agent.start()
     threading.Thread(target=serve_api, args=(agent, clients), daemon=True, name="http").start()
     log.info("LinK %s on %s: interface %s, API on %s", VERSION, config.hostname, config.interface, config.listen)

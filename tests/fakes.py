@@ -127,7 +127,7 @@ class FakeReferee:
     def enter(self, address: str, host: str, session: int = 2) -> None:
         node = link.Contender(f"a__lock__{next(self.serial):010d}", session if host[:4] == "node" else 0, host)
         self.queues[address] = (*self.queues.get(address, ()), node)
-        self.agent.post(self.agent.referee_news, address)
+        self.agent.loop.post(self.agent.referee_news, address)
 
     def start(self, session: tuple[int, bytes] | None, record: link.Record) -> None:
         self.agent.referee_news("")
@@ -142,7 +142,7 @@ class FakeReferee:
         elif (want is Want.WATCH and mine) or (want is Want.FIRST and queue[0] not in mine):
             left = [c for c in queue if c not in mine] if want is Want.WATCH else queue[queue.index(mine[0]) :]
             self.queues[address] = tuple(left)
-            self.agent.post(self.agent.referee_news, address)
+            self.agent.loop.post(self.agent.referee_news, address)
 
     def view(self, address: str, now: float, since: float) -> link.LockView:
         queue = self.queues.get(address, ())
@@ -231,7 +231,7 @@ class Served:
     def __exit__(self, *_: object) -> None:
         self.server.shutdown()
         self.server.server_close()
-        self.agent.post(self.agent.stop)
+        self.agent.loop.post(self.agent.stop)
         self.loop.join(15)
         assert not self.loop.is_alive()
 
@@ -269,7 +269,7 @@ class Served:
     def stuck(self) -> Iterator[None]:
         """Its loop does nothing meanwhile."""
         begun, end = threading.Event(), threading.Event()
-        self.agent.post(lambda: (begun.set(), end.wait(20)))
+        self.agent.loop.post(lambda: (begun.set(), end.wait(20)))
         assert begun.wait(5)
         try:
             yield

@@ -229,7 +229,8 @@ def test_a_frame_says_what_scapy_reads_in_it(frame):
     if arp and packet.payload is arp and len(frame) >= 42:
         usual = (arp.hwtype, arp.ptype, arp.hwlen, arp.plen) == (1, 0x800, 6, 4) and arp.hwsrc == packet.src
         word = arp.op in (24, 25) and arp.hwdst == "4c:6e:4b:01:00:00"
-        if usual and arp.psrc != "0.0.0.0" and arp.op in (1, 2):
+        proxys = arp.op == 2 and arp.psrc == arp.pdst and not frame[0] & 1  # it answers an announcement
+        if usual and arp.psrc != "0.0.0.0" and arp.op in (1, 2) and not proxys:
             read = arp.psrc, Kind.CLAIM
         elif usual and arp.psrc == "0.0.0.0" and (arp.op == 1 or word):
             read = arp.pdst, Kind(arp.op)

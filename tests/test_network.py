@@ -374,10 +374,12 @@ def test_gateways_are_the_default_routes_of_this_interface_and_are_no_virtual_ip
     ip(A, "route add default via 10.0.0.254", "-6 route add default via fd77::fe")
     ip(A, "route add 198.51.100.0/24 via 10.0.0.253")
     assert one.network.gateways() == ["10.0.0.254", "fd77::fe"]
-    for address, code in (("10.0.0.9", 0), ("10.0.0.254", 2), ("fd77::00fe/64", 2)):
+    for address, code in (("10.0.0.9", 0), ("10.0.0.254", 2), ("fd77::00fe/64", 2), ("10.0.0.1", 0), ("10.0.0.255", 0)):
         (tmp_path / "link.yml").write_text(f"interface: eth0\nstate_dir: {tmp_path}\nips: [ip: '{address}']\n")
         assert one.inside(lambda: link.main(["--check", "--config", str(tmp_path / "link.yml")])) == code
-        assert ("is this host's default gateway; remove it" in capsys.readouterr().err) is (code == 2)
+        said = capsys.readouterr().err
+        assert ("is this host's default gateway; remove it" in said) is (code == 2)
+        assert (f"ips: {address} is this host's own, or its network's" in said) is (address in ("10.0.0.1", "10.0.0.255"))
     ip(A, "link add x0 type bridge", "addr add 10.7.0.1/24 dev x0", "link set x0 up")
     ip(A, "route replace default via 10.7.0.254 dev x0", "-6 route del default")
     assert one.network.gateways() == []

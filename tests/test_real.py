@@ -627,6 +627,27 @@ def test_a_proxy_arp_router_neither_hides_a_death_nor_fakes_a_holder(c: Cluster)
         c.settled(vip, 1.5, among=others)
 
 
+def test_without_zookeeper_a_router_that_answers_each_announcement_moves_nothing(w: Cluster) -> None:
+    """Linux as a router with proxy ARP: it answers no probe, but whoever announces what it has another route to."""
+    vip, router, mac = w.fresh(), w.lab.zk, bytes.fromhex(w.lab.mac(ZOOKEEPER).replace(":", ""))
+    try:
+        ip(router, "link add away type veth peer name gone", "link set gone up", "link set away up")
+        ip(router, f"route add {vip}/32 dev away")
+        set_sysctls(router, {"ipv4.ip_forward": 1, "ipv4.conf.all.proxy_arp": 1})
+        w.add(vip=vip)
+        holder, _ = w.settled(vip)
+        w.mark()
+        with Ear(holder.namespace, holder.interface) as ear:
+            answers = lambda: [time for time, frame in ear.frames if frame[6:12] == mac and frame[20:22] == b"\0\2"]  # noqa: E731
+            holder.ip(f"addr del {vip}/32 dev {holder.interface}")  # it is bound and announced anew
+            wait_until(lambda: (heard := answers()) and heard[-1] > heard[0] + 4, 10, "some announcements are answered")
+        assert w.settled(vip)[0] is holder
+        assert not w.transitions(vip)
+    finally:
+        set_sysctls(router, {"ipv4.ip_forward": 0, "ipv4.conf.all.proxy_arp": 0})
+        ip(router, "link del away")
+
+
 FILTER = """table arp answers {
   chain out {
     type filter hook output priority 0

@@ -2274,12 +2274,8 @@ class Vip:
         goes = facts.leaving is not None and not facts.taken and not (facts.healthy and self.intent is Intent.RUN)
         if goes and now - max(self.gave.values(), default=self.at.given[1]) >= LINGER:  # who was told has had its time
             for mac in [mac for mac in wire.askers(now) if now - self.gave.get(mac, -math.inf) > TICK][:1]:
-                self._give(mac, now)
-
-    def _give(self, mac: bytes, now: float) -> None:
-        """Tell this host to take it. We let go when we hear it."""
-        self.gave[mac] = now
-        self.agent.wire.say(Kind.GIVE, self.vip.address, mac)
+                self.gave[mac] = now
+                wire.say(Kind.GIVE, address, mac)
 
     def _apply(self, decision: Decision, now: float) -> None:
         """Bind, begin a finite lifetime anew, or cancel the announcements and unbind."""
@@ -2362,7 +2358,8 @@ class Vip:
         elif heard.kind is Kind.WANT and unknown and self.bound:
             others = [at for mac, at in (*self.gave.items(), self.at.given) if mac != heard.mac]
             if now - max(others, default=-math.inf) > TICK:  # else three would have it: one hand-over after the other
-                self._give(heard.mac, now)
+                self.gave[heard.mac] = now
+                self.agent.wire.say(Kind.GIVE, self.vip.address, heard.mac)
         elif self.bound and self.intent is Intent.RUN and heard.kind in (Kind.ASK, Kind.CLAIM):
             if claims and not (known or heard.broadcast or now - self.at.told < REFRESH):
                 self.at.told, text = now, "vip=%s is also answered for by %s: remove it there, unless that is proxy ARP"
@@ -2371,10 +2368,6 @@ class Vip:
                 self.announce_anew(now, crossed=heard.broadcast and claims)
             if claims and fresh and now > self.at.bound + TICK:
                 self.agent.referee.distrust(self.vip.address)
-
-    def lets_go(self, mac: bytes, now: float) -> bool:
-        """Whether this host has just given it to us: it answers until it hears that we have it, and is no rival."""
-        return self.bound and mac == self.at.given[0] and now - self.at.given[1] <= TICK and mac not in self.gave
 
     def _note_conflict(self, f: Facts, now: float) -> None:
         """Another host has it for so long that we might yield; but who let go for us is heard for a moment.
@@ -3030,8 +3023,9 @@ class Agent:
             return
         known = not self.macs or heard.mac.hex(":") in self.macs.values()
         fresh = vip is not None and (known or heard.broadcast) and self.wire.view(heard.address, now).heard > TICK
-        if vip and heard.kind is Kind.CLAIM and vip.lets_go(heard.mac, now):
-            return
+        lets_go = vip and vip.bound and heard.mac == vip.at.given[0] and now - vip.at.given[1] <= TICK
+        if vip and lets_go and heard.kind is Kind.CLAIM and heard.mac not in vip.gave:
+            return  # who has given it to us answers until it hears that we have it, and is no rival
         news = self.wire.hear(heard, known, now)
         if not vip or (heard.kind is Kind.ASK and not heard.broadcast) or not (known or heard.kind is Kind.CLAIM):
             return

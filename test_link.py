@@ -2212,9 +2212,14 @@ def test_todays_client_of_the_original_is_understood_and_understands(host):
 
 def test_an_address_that_somebody_is_known_to_have_for_itself_is_refused_by_name(tmp_path):
     more = {"zookeeper": "10.0.0.21:2181,[fd77::22]:2181,zk:2181", "witnesses": ["10.0.0.31"]}
-    owners = {"10.0.0.21": "ZooKeeper", "fd77:0::22": "ZooKeeper", "10.0.0.31/24": "a gateway or witness",
-              "10.0.0.254": "a gateway or witness", "10.0.0.2/32": "node2",
-              **dict.fromkeys(["10.0.0.1/32", "10.0.0.0/32", "10.0.0.255/32"], "this host, or its network,")}  # fmt: skip
+    owners = {
+        "10.0.0.21": "ZooKeeper",
+        "fd77:0::22": "ZooKeeper",
+        "10.0.0.31/24": "a gateway or witness",
+        "10.0.0.254": "a gateway or witness",
+        "10.0.0.2/32": "node2",
+    }
+    owners |= dict.fromkeys(["10.0.0.1/32", "10.0.0.0/32", "10.0.0.255/32"], "this host, or its network,")
     with Served(tmp_path, **more) as host:
         host.network.gateways = lambda: ["10.0.0.254"]
         host.agent.referee.records["node2"] = link.Record("", ("10.0.0.2",), "")

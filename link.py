@@ -419,10 +419,11 @@ def decide(state: State, f: Facts) -> Decision:
         return Decision(Event.ELECTED if f.lock is Lock.MINE else Event.FAULT, _why(f, silent))
     if state is State.ACTIVATED and not (ours or keep):
         return Decision(Event.DEMOTED, "another host has the better claim" if beaten else _why(f, silent))
+    stays = ", keeps the IP" + " until another host has it" * (f.leaving is not None)
     may_speak = (ours or keep) and runs and (f.trusted or f.bound is None) and f.lock is not Lock.OTHER
     return Decision(
         None,
-        _why(f, silent) + (", keeps the IP until another host has it" if keep and not ours else ""),
+        _why(f, silent) + stays * (keep and not ours),
         wanted=ours or keep,
         contend=_contend(f),
         accuse=silent and f.met and f.next and f.lock is Lock.OTHER and state is State.STANDBY and runs,

@@ -368,8 +368,8 @@ class Facts(NamedTuple):
 
     @property
     def other(self) -> bool:
-        """Whether another host is heard to have it; who begins to let go begins to listen anew."""
-        return self.heard <= TICK
+        """Whether another host is heard to have it, and has not fallen silent since."""
+        return self.heard <= TICK and not self.proven
 
     @property
     def at_rest(self) -> bool:
@@ -405,7 +405,7 @@ def decide(state: State, f: Facts) -> Decision:
     rivalled = f.bound is not None and f.other and not (mine or f.taken or f.lock is Lock.OTHER)
     beaten = rivalled and (runs or after) and f.staying >= patience(f)
     named = f.lock is Lock.OTHER or (f.lock is Lock.MINE and not runs) or f.taken
-    relieved = named and f.other and after and not f.unanswered and f.heard + f.staying >= f.slack
+    relieved = named and f.other and after and f.heard + f.staying >= f.slack
     orphan = f.lock is Lock.UNKNOWN or (f.lock is Lock.WAITING and f.next and f.met)
     last = f.lock in (Lock.UNKNOWN, Lock.NOBODY) and (f.unsure or not f.fit) and f.alone > TICK * (1 + 0.3 * f.rank)
     take = (f.fit and (mine or (orphan and (silent or f.blind)))) or (silent and last)

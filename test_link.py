@@ -270,11 +270,12 @@ def cells_of(f: Facts, decide: Callable[[State, Facts], Decision]) -> Iterator[C
     silent = proven and (f.deaf == 0 or ((off(f) or f.lock is Lock.NOBODY) and f.deaf > 10))
     served = f.heard < INF and not proven
     named = f.lock is Lock.OTHER or (f.lock is Lock.MINE and not runs) or f.taken
-    rival, after = rivalled(f) and f.heard <= MOMENT, here and f.bound - f.heard >= 2 * f.slack  # else it may go for us
+    after = here and f.bound - f.heard >= 2 * f.slack  # else it may go for us
+    rival = rivalled(f) and f.heard <= MOMENT and not proven
     known = (
         here, runs, f.healthy and (here or f.deaf <= MOMENT or (f.met and not proven)), proven, silent, served,
         f.unsure or (f.lock is Lock.NOBODY and served and f.empty < 1),
-        named and rival and after and f.heard + f.staying >= f.slack and not (f.unanswered or (f.given and runs)),
+        named and rival and after and f.heard + f.staying >= f.slack and not (f.given and runs),
         rival and f.lock in UNSAID and not (f.given or f.taken) and (runs or after) and f.staying >= link.patience(f),
         f.lock is Lock.OTHER and (f.leaving or 0) > MOMENT and (f.blind or not f.needed or f.deaf > 0),
         f.unsure and not here and not silent,
@@ -309,10 +310,9 @@ OF_AT_LEAST_ONE: dict[str, Callable[[Cell, Facts], Any]] = {
     "a bound address is let go only to another host, by a DELETE, or past the limit where the wire cannot tell": (
         lambda c, f: c.d.wanted or not c.here or c.relieved or c.yields or c.gone or f.intent is Intent.DELETE),
     "a silent address stays bound, whatever is asked but its deletion": lambda c, f: (
-        c.d.wanted or not c.here or not c.silent or f.heard <= MOMENT or c.gone or f.intent is Intent.DELETE),
+        c.d.wanted or not c.here or not c.silent or c.gone or f.intent is Intent.DELETE),
     "a relieved host lets go, and without a lock the better claim is yielded to": lambda c, f: (
-        not (c.yields or (c.relieved and not (c.silent and f.taken)))  # it was heard, and fell silent since
-        or not (c.d.wanted or c.new is State.ACTIVATED)),
+        not (c.yields or c.relieved) or not (c.d.wanted or c.new is State.ACTIVATED)),
     "what somebody answers for is taken only with the lock or by its holder's word": lambda c, f: (
         not c.d.wanted or c.here or not c.served or f.blind or f.lock is Lock.MINE or f.given
         or (f.heard > MOMENT and c.old is State.ACTIVATED)),

@@ -403,7 +403,7 @@ def decide(state: State, f: Facts) -> Decision:
     runs, mine = f.intent is Intent.RUN, f.given or (f.lock is Lock.MINE and not doubts)
     after = f.bound is not None and f.bound - f.heard >= 2 * f.slack  # before, it may be letting go for us
     rivalled = f.bound is not None and f.other and not (mine or f.taken or f.lock is Lock.OTHER)
-    beaten = rivalled and (runs or after) and f.staying >= patience(f)
+    beaten = rivalled and f.staying >= patience(f)
     named = f.lock is Lock.OTHER or (f.lock is Lock.MINE and not runs) or f.taken
     relieved = named and f.other and after and f.heard + f.staying >= f.slack
     orphan = f.lock is Lock.UNKNOWN or (f.lock is Lock.WAITING and f.next and f.met)
@@ -455,10 +455,11 @@ def patience(f: Facts) -> float:
     who was heard first thing after we bound it may have been letting go for us. Where answers come seldom the higher
     MAC waits for the second one, the lower for the fourth: so two yield at one answer only if their paces differ.
     """
+    sure = TICK * (f.intent is not Intent.RUN)  # who is to go may hear its predecessor, which lets go for it
     late = f.bound is not None and f.bound < TICK and (f.lock is Lock.UNKNOWN or f.bound - f.heard >= 2 * LINGER)
     if not f.trusted or (late and not f.lower and f.lock is not Lock.WAITING):
-        return 2 * LINGER * f.lower  # if neither does
-    return max(PATIENCE[0 if f.lower else 1 if f.lock is Lock.WAITING else 2], f.pace * (1.5 + 2 * f.lower))
+        return sure + 2 * LINGER * f.lower  # if neither does
+    return sure + max(PATIENCE[0 if f.lower else 1 if f.lock is Lock.WAITING else 2], f.pace * (1.5 + 2 * f.lower))
 
 
 def _contend(f: Facts) -> bool:

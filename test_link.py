@@ -276,7 +276,7 @@ def cells_of(f: Facts, decide: Callable[[State, Facts], Decision]) -> Iterator[C
         here, runs, f.healthy and (here or f.deaf <= MOMENT or (f.met and not proven)), proven, silent, served,
         f.unsure or (f.lock is Lock.NOBODY and served and f.empty < 1),
         named and rival and after and f.heard + f.staying >= f.slack and not (f.given and runs),
-        rival and f.lock in UNSAID and not (f.given or f.taken) and (runs or after) and f.staying >= link.patience(f),
+        rival and f.lock in UNSAID and not (f.given or f.taken) and f.staying >= link.patience(f),
         f.lock is Lock.OTHER and (f.leaving or 0) > MOMENT and (f.blind or not f.needed or f.deaf > 0),
         f.unsure and not here and not silent,
     )  # fmt: skip

@@ -37,7 +37,7 @@ MUTANTS = {  # name -> a line's part, and what stands there instead
     "trusts a stale election": ("if known and min(self._confirmed, place.listed) >= since", "if True"),
     "forgets the watch after a reconnect": ("place.heeded = False, True,", "place.heeded = False, place.stale,"),
     "announces nothing after binding": ("/ 3) * (self.step < 0)", "/ 3) + REFRESH"),
-    "ignores a rival's claim": ("beaten = rivalled and (runs or after) and f.staying >= patience(f)", "beaten = False"),
+    "ignores a rival's claim": ("beaten = rivalled and f.staying >= patience(f)", "beaten = False"),
     "renews the lease from a follower's word": (
         'not refused and call not in ("get", "exists", "get_children")',
         "not refused",

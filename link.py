@@ -3800,6 +3800,14 @@ class Server(socketserver.ThreadingTCPServer):  # HTTPServer's look-up of its ow
             with contextlib.suppress(OSError):
                 client.shutdown(socket.SHUT_RDWR)
 
+    def get_request(self) -> Any:
+        """Out of descriptors accept() fails at once, again and again: not in a hot loop."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            threading.Event().wait(ANSWER * (error.errno in (errno.EMFILE, errno.ENFILE)))
+            raise
+
     def process_request(self, request: Any, client_address: Any) -> None:
         """In a new thread. Raises RuntimeError where there is none to be had."""
         if not self._free.acquire(blocking=False):

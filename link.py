@@ -404,8 +404,7 @@ def decide(state: State, f: Facts) -> Decision:
     after = f.bound is not None and f.bound - f.heard >= 2 * f.slack  # before, it may be letting go for us
     rivalled = f.bound is not None and f.other and not (mine or f.taken or f.lock is Lock.OTHER)
     beaten = rivalled and f.staying >= patience(f)
-    named = f.lock is Lock.OTHER or (f.lock is Lock.MINE and not runs) or f.taken
-    relieved = named and f.other and after and f.heard + f.staying >= f.slack
+    relieved = (f.lock is Lock.OTHER or f.taken) and f.other and after and f.heard + f.staying >= f.slack
     orphan = f.lock is Lock.UNKNOWN or (f.lock is Lock.WAITING and f.next and f.met)
     last = f.lock in (Lock.UNKNOWN, Lock.NOBODY) and (f.unsure or not f.fit) and f.alone > TICK * (1 + 0.3 * f.rank)
     take = (f.fit and (mine or (orphan and (silent or f.blind)))) or (silent and last)

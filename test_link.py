@@ -269,7 +269,7 @@ def cells_of(f: Facts, decide: Callable[[State, Facts], Decision]) -> Iterator[C
     here, runs, proven = f.bound is not None, f.intent is RUN, f.unanswered >= f.needed > 0
     silent = proven and (f.deaf == 0 or ((off(f) or f.lock is Lock.NOBODY) and f.deaf > 10))
     served = f.heard < INF and not proven
-    named = f.lock is Lock.OTHER or (f.lock is Lock.MINE and not runs) or f.taken
+    named = f.lock is Lock.OTHER or f.taken
     after = here and f.bound - f.heard >= 2 * f.slack  # else it may go for us
     rival = rivalled(f) and f.heard <= MOMENT and not proven
     known = (

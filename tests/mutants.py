@@ -33,7 +33,7 @@ PATIENCE = 600.0  # seconds for all
 MUTANTS = {  # name -> a line's part, and what stands there instead
     "skips the witness": ("silent = f.proven and (f.deaf == 0 or isolated)", "silent = f.proven"),
     "accuses without having heard": ("accuse=silent and f.met and f.next", "accuse=silent and f.next"),
-    "unbinds before the successor is heard": ("relieved = named and f.other and", "relieved = named and"),
+    "unbinds before the successor is heard": ("f.taken) and f.other and after", "f.taken) and after"),
     "trusts a stale election": ("if known and min(self._confirmed, place.listed) >= since", "if True"),
     "forgets the watch after a reconnect": ("place.heeded = False, True,", "place.heeded = False, place.stale,"),
     "announces nothing after binding": ("/ 3) * (self.step < 0)", "/ 3) + REFRESH"),

@@ -1314,7 +1314,7 @@ class Referee:
             lock = Lock.MINE if known and min(self._confirmed, place.listed) >= since else Lock.WAITING
         elif not known or not self._connected or now > late:
             lock = Lock.WAITING
-        return LockView(lock, place.queue, at, late if late > now else math.inf)
+        return LockView(lock, place.queue, at, late if at == 1 and late > now else math.inf)  # then who is next may act
 
     def _fired(self, address: str, host: str, _: Any) -> None:
         self._hosts.asked.pop(host, None)

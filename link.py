@@ -1095,7 +1095,7 @@ class Referee:
         watch = functools.cache(functools.partial(functools.partial, post, self._fired))  # never two for one node
         self._places: dict[str, _Place] = {"": _Hosts("", f"{config.ensemble[1]}/hosts", watch)}
         self._out: dict[object, tuple[float, str]] = {}  # requests: when each was sent, and what it asks
-        self._later: deque[Callable[[], None]] = deque()  # what does not fit into the window
+        self._later = deque[Callable[[], None]](), deque[Callable[[], None]]()  # until there is room; nothing is out
         self._takes: list[_Place] = []  # where the nodes ahead are to go, in the next transaction
         self._connected, self._confirmed, self._wrong = False, now(), dict[str, str]()
         self.session: tuple[int, bytes] | None = None
@@ -1215,7 +1215,7 @@ class Referee:
         known = logging.DEBUG if self._wrong.get("session") else logging.INFO
         self._connected, again = session is not None, session is not None and self._own == _number(session[0])
         self.session = None if expired else session or self.session
-        for gone in (self._out, self._later, self._takes, self._hosts.asked):
+        for gone in (self._out, *self._later, self._takes, self._hosts.asked):
             gone.clear()
         for place in self._places.values():
             place.busy, place.stale, place.heeded = False, True, False
@@ -1247,10 +1247,11 @@ class Referee:
             place.busy = True
         if not self._connected or self._client.client_id != self.session:
             return  # else kazoo would send it when it is connected again, maybe in another session: too late to be true
-        if len(self._out) >= self.WINDOW and call != "sync":  # that goes before the listings which wait for its word
-            first = place in (None, self._hosts) or place.want is Want.FIRST
+        echo = place and place.heeded and place.at(self._own) == 0 and self._now() < place.listed + TICK  # of our take
+        if len(self._out) >= (1 if echo else self.WINDOW) and call != "sync":  # before listings that wait for its word
+            first, later = place in (None, self._hosts) or place.want is Want.FIRST, self._later[bool(echo)]
             send = functools.partial(self._ask, place, call, *args, then=then, **more)
-            return (self._later.appendleft if first else self._later.append)(send)
+            return (later.appendleft if first else later.append)(send)
         ticket = object()
         self._out[ticket] = (self._now(), call)
         ask = functools.partial(_delete, self._client) if call == "multi" else getattr(self._client, call + "_async")
@@ -1280,8 +1281,8 @@ class Referee:
             place.stale = True
         if place:
             self._next(place)
-        while self._later and len(self._out) < self.WINDOW:
-            self._later.popleft()()
+        while (self._later[0] and len(self._out) < self.WINDOW) or (self._later[1] and not self._out):
+            (self._later[0] or self._later[1]).popleft()()
 
     def _refuse(self, what: str, why: str) -> None:
         if why and why != self._wrong.get(what):
@@ -1367,12 +1368,11 @@ class Referee:
         """What it changed is known: no listing has to be waited for. A step that was wrong is found by halves."""
         if isinstance(answer, Exception) and len(places) > 1:
             return self._take(places, len(places) // 2)
-        for place in places:
+        for place in places:  # of each is asked more when it is decided on: many are bound before they are listed
             place.busy, place.stale = False, place.stale or isinstance(answer, Exception)
             if not isinstance(answer, Exception):
                 place.queue, place.listed, place.heeded = place.queue[place.at(self._own) :], sent, False
                 self._news(place.address)
-            self._next(place)
 
     def _listed(self, place: _Place, answer: Any, sent: float) -> None:
         if place.stale and place.listed == -math.inf:

@@ -2402,6 +2402,29 @@ def test_at_rest_time_alone_is_no_reason_to_decide_again(w, holder, first, zooke
     assert len(holder.bound) == 20 and decide.call_count < 20 * 3 * 2.5, "each IP, host; to be asked is no news"
 
 
+@story(3, vips=100)
+def test_who_takes_many_ips_at_once_decides_twice_for_each_and_has_them_before_it_lists_their_queues_anew(
+    w, holder, first
+):
+    decided, listed, had = Counter[str](), list[str](), len(first.bound)
+    reconcile, get_children = link.Vip.reconcile, first.kazoo.get_children_async
+
+    def counted(vip, now):
+        decided[vip.vip.address] += vip.agent is first.agent and not vip.bound
+        return reconcile(vip, now)
+
+    def noted(path, **more):
+        listed.append(path)
+        return get_children(path, **more)
+
+    with mock.patch.object(link.Vip, "reconcile", counted), mock.patch.object(first.kazoo, "get_children_async", noted):
+        holder.power_off()
+        assert w.run(3, until=lambda: len(first.bound) == 100) < 0.5
+        assert max(decided.values()) == 2 and len(listed) < 3
+        w.run(1)
+        assert len({*listed}) == 100 - had, "each is followed all the same"
+
+
 @story([1], rest=None, hosts=1, vips=300)
 def test_no_more_requests_are_out_at_once_than_leave_the_loop_its_time(w):
     (host,), most = w.hosts, 0

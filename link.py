@@ -674,7 +674,7 @@ class Wire:
         self._streams: dict[tuple[Look, bytes], _Stream] = {}
         self._moved: dict[_Ear, None] = {}  # may belong to another stream now
         self._witnesses: dict[str, _Witness] = {}
-        self._heard = [-math.inf, -math.inf]  # anybody, by IPv4 and by IPv6
+        self._heard = [-math.inf, -math.inf]  # anybody, who spoke to this host alone, by IPv4 and by IPv6
         self._others: dict[tuple[Kind, bytes], float] = {}  # who asks for our IPs (ASK) or claims them, and when last
         self._due = math.inf
         self.round_trip = math.nan  # seconds from the last probe that a holder has answered to its answer
@@ -776,7 +776,8 @@ class Wire:
 
     def hear(self, heard: Heard, known: bool, now: float) -> bool:
         """Take in a frame, and whether it is news; `known`: its sender is a host of ours, as far as can be told."""
-        self._heard[":" in heard.address] = now
+        if not heard.broadcast:  # who hears these alone, as behind a switch with a stale table, is deaf to all answers
+            self._heard[":" in heard.address] = now
         witness, ear = self._witnesses.get(heard.address), self._ears.get(heard.address)
         if witness and heard.kind is Kind.CLAIM:
             if self.deaf(now, (), heard.address) > self._interval:
@@ -865,14 +866,10 @@ class Wire:
         stream.next = now + max(self._interval * (1 if young else 4), pace)
         return proven
 
-    def _next_ear(self, stream: _Stream) -> _Ear:
-        """Whose turn it is now."""
-        stream.ears.move_to_end(next(iter(stream.ears)))
-        return next(iter(stream.ears))
-
     def _ask_one(self, stream: _Stream, now: float, frames: Frames) -> list[_Ear]:
         """One IP of which no holder is known after the other, of everybody; no verdict over the others follows."""
-        ear = self._next_ear(stream)
+        stream.ears.move_to_end(next(iter(stream.ears)))
+        ear = next(iter(stream.ears))  # whose turn it is now
         silent = ear.asked and ear.unanswered == self._count - 1
         ear.unanswered, ear.asked = min(self._count, ear.unanswered + ear.asked), True
         self._send([frames.ask(ear.address)])
@@ -889,7 +886,8 @@ class Wire:
             if now < stream.sent + pace:  # it was answered: all is well until the next turn
                 stream.next = stream.sent + pace
                 return []
-            ear = self._next_ear(stream)
+            stream.ears.move_to_end(ear)
+            ear = next(iter(stream.ears))
         else:
             stream.misses += 1
             self.suspects = self.suspects or stream.look is Look.FAST
@@ -1151,8 +1149,9 @@ class Referee:
         """End the session (its nodes go at once), waiting at most so many seconds for the answer."""
         if client := self._client:
             thread = threading.Thread(target=lambda: (client.stop(), client.close()), daemon=True)
-            thread.start()
-            thread.join(wait)
+            with contextlib.suppress(RuntimeError):  # no thread is to be had now: the session ends by itself
+                thread.start()
+                thread.join(wait)
 
     def tick(self, now: float) -> None:
         """Keep the lease clock wound, and give up what does not answer; kazoo would wait for 2/3 of the session."""
@@ -1315,7 +1314,8 @@ class Referee:
             lock = Lock.MINE if known and min(self._confirmed, place.listed) >= since else Lock.WAITING
         elif not known or not self._connected or now > late:
             lock = Lock.WAITING
-        return LockView(lock, place.queue, at, late if at == 1 and late > now else math.inf)  # then who is next may act
+        acts = late > now and (at == 1 or self._config.at_most_one)  # then, or when it is heard again
+        return LockView(lock, place.queue, at, late if acts else math.inf)
 
     def _fired(self, address: str, host: str, _: Any) -> None:
         self._hosts.asked.pop(host, None)
@@ -2350,8 +2350,7 @@ class Vip:
 
     def hear(self, heard: Heard, known: bool, fresh: bool, now: float) -> None:
         """Somebody has, asks for, wants or gives it."""
-        claims = heard.kind is Kind.CLAIM
-        unknown = not claims and self.lock(now).lock is Lock.UNKNOWN
+        unknown = not (claims := heard.kind is Kind.CLAIM) and self.lock(now).lock is Lock.UNKNOWN
         if heard.kind is Kind.ASK and heard.broadcast and unknown:  # else the queue says who goes first
             self.agent.wire.give_way(self.vip.address, heard.mac)
         if heard.kind is Kind.GIVE and unknown and not heard.broadcast:
@@ -2433,9 +2432,8 @@ class Vip:
         if facts.lock is Lock.UNKNOWN:
             heard = facts.successor or now - self.agent.loop.distrusted <= 2 * TICK  # who was late has heard nobody yet
             return heard and min(facts.leaving or 0.0, referee.age(now) - referee.timeout) < 2 * TICK
-        known = self.agent.macs and self.agent.wire.askers(now)  # they may join: who has it goes first
-        joins = bool(known) and (facts.leaving or 0.0) < 3 * TICK
-        return facts.lock is Lock.MINE or unread or joins or facts.successor or facts.heard <= TICK
+        joins = self.agent.macs and self.agent.wire.askers(now) and (facts.leaving or 0.0) < 3 * TICK  # soon
+        return any((facts.lock is Lock.MINE, unread, joins, facts.successor, facts.heard <= TICK))
 
     def _due(self, f: Facts, now: float) -> float:
         """When to look again without any news: soon while something moves, else now and then."""
@@ -2490,7 +2488,7 @@ class Store:
 
     def __init__(self, config: Config) -> None:
         self._dir, self._config = Path(config.state_dir), config
-        self.identity, self.trouble = [config.hostname, boot_id()], ""
+        self.identity, self.trouble, self._below = [config.hostname, boot_id()], "", config.ensemble[1]
         self._entries: dict[str, VirtualIP | Any] = {}  # by address; what cannot be parsed: as it is, maybe by its text
         self._lines: int | None = None  # of the journal; None: to be begun anew
         self._changes: deque[tuple[str, Mapping[str, Any] | None]] = deque()  # to be written
@@ -2617,6 +2615,8 @@ class Store:
             if host == self.identity[0] and boot in (self.identity[1], self.identity[1].partition(".")[0]):
                 number, password = got.get("session") or (0, "")
                 int(number), bytes.fromhex(password)
+                if got.get("below", self._below) != self._below:  # its nodes are elsewhere, and end with it
+                    got["session"] = None
                 list(map(ipaddress.ip_interface, got.get("states", {})))
                 list(map(State, got.get("states", {}).values()))
                 known = {key: dict(got.get(key, {})) for key in ("hosts", "macs")}
@@ -2629,7 +2629,7 @@ class Store:
 
     def save_session(self, content: Mapping[str, Any], now: bool = False) -> bool:
         """Best effort and soon; the latest content counts. `now`: wait for all, a second at most. Else False."""
-        self._session = json.dumps({"identity": self.identity, **content}).encode()
+        self._session = json.dumps({"identity": self.identity, "below": self._below, **content}).encode()
         self._saved = self._soon(None if now else self._saved, self._write_session)
         return not now or (not wait_for([self._saved], TICK).not_done and self._saved.result())
 
@@ -3094,7 +3094,7 @@ class Agent:
             if was and not there and link.number:
                 by = "somebody else, or its lifetime has ended" if self.config.at_most_one else "somebody else"
                 log.warning("vip=%s was removed by %s", vip.vip.ip, by)
-            if was != there:
+            if was != there or (address in old.foreign) != (address in self.kernel.foreign):
                 self.news(address)
         if (link, own) != (old.link, old.own):
             self._link_changed(old.link)
@@ -3219,8 +3219,9 @@ def troubles(agent: Agent) -> list[str]:
     wrong += [f"{v.vip.ip} is kept: {v.lock(now).queue[0].host} has the lock but is silent; mend the LAN" for v in kept]
     alone = agent.wire.deaf(now, None) > LONG or any(agent.hears_nobody in vip.reason for vip in vips)
     wrong += [agent.hears_nobody] * alone
-    twins = [host for host, record in agent.peers.items() if record.mac == link.mac.hex(":") != ""]
-    wrong += [f"{twins[0]} has this host's MAC {link.mac.hex(':')}: give one of them its own"] if twins else []
+    mac, boot = link.mac.hex(":"), agent.store.identity[1]  # another agent of this machine may have it, too (VLANs)
+    twins = [host for host, record in agent.peers.items() if record.mac == mac != "" and record.boot != boot]
+    wrong += [f"{twins[0]} has this host's MAC {mac}: give one of them its own"] if twins else []
     other = [host for host, record in agent.peers.items() if record.promise not in ("", agent.config.promise)]
     wrong += [f"{other[0]} does not promise {agent.config.promise}: let all hosts promise the same"] if other else []
     return [*filter(None, wrong)]
@@ -3252,9 +3253,8 @@ class Api(Agent):
         if self.network.ready(vip.bound):  # the host has got this address, maybe just now
             self.kernel.due = -math.inf
             self._sync()
-        owners = dict.fromkeys(self.config.servers, "ZooKeeper")
-        owners |= dict.fromkeys(self.wire.known(), "a gateway or witness")
-        if owner := self.owner(vip.address) or owners.get(vip.address):
+        owner = self.owner(vip.address) or "ZooKeeper" * (vip.address in self.config.servers)
+        if owner := owner or "a gateway or witness" * (vip.address in self.wire.known()):
             raise Invalid("IP", f"{vip.address} is an address that {owner} has for itself")
         vip = replace(vip, id=f"vip-{uuid.uuid4()}")
         yield self.store.save_ip(vip.address, vip)
@@ -4080,6 +4080,7 @@ def make_config(file: Mapping[str, Any], environ: Mapping[str, str], flags: Mapp
 # == Main ==============================================================================================================
 
 RUN = Path("/run/link")  # of root or the service (RuntimeDirectory=)
+CHECKED = b"configuration OK\n"  # what each version's --check ends with, where all is right
 
 
 def notify(message: str) -> None:
@@ -4138,8 +4139,6 @@ def load(argv: Sequence[str]) -> tuple[Config, bool]:
         default = option.metadata["default"]
         text = option.metadata["help"] + (f" (default: {default})" if default != "" else "")
         group.add_argument("--" + option.name.replace("_", "-"), metavar="VALUE", help=text.replace("%", "%%"))
-    for key in REMOVED:  # understood, to be refused with the remedy
-        group.add_argument("--" + key.replace("_", "-"), help=argparse.SUPPRESS)
     args, path = parser.parse_args(argv), config_path(argv)
     return make_config(read_config(path) if path else {}, os.environ, vars(args)), args.check
 
@@ -4184,7 +4183,7 @@ def check(config: Config) -> None:
     with contextlib.suppress(OSError):  # a reload is not to fail where the log's disk is full
         for warning in warnings:
             print(f"link.py: warning: {warning}", file=sys.stderr)
-        print("configuration OK")
+        print(CHECKED.decode(), end="")
 
 
 def lock(config: Config, but: Config | None = None) -> list[int]:
@@ -4225,7 +4224,10 @@ class Upgrade:
         if not self._proves and self._agent.stopping is None:
             self._proves, self._asked = True, False
             notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-            threading.Thread(target=self._prove, daemon=True).start()
+            try:
+                threading.Thread(target=self._prove, daemon=True).start()
+            except RuntimeError as error:  # there is none to be had now
+                self._proven(str(error), self._files(), 0.0)
 
     def _files(self) -> list[bytes]:
         with contextlib.suppress(OSError):
@@ -4235,8 +4237,9 @@ class Upgrade:
     def _prove(self) -> None:
         why, files, agent = "", self._files(), self._agent
         try:
-            code = subprocess.run([*self._command, "--check"], timeout=3 * LONG, check=False).returncode
-            why = f"exit code {code}" if code else self._loses(load(self._argv)[0])
+            done = subprocess.run([*self._command, "--check"], stdout=subprocess.PIPE, timeout=3 * LONG, check=False)
+            wrong = f"exit code {done.returncode}" if done.returncode else "it is no whole program"
+            why = self._loses(load(self._argv)[0]) if done.stdout.endswith(CHECKED) else wrong
         except (OSError, subprocess.TimeoutExpired) as error:
             why = str(error)
         except Exception as error:  # the new program may understand what this one does not
@@ -4264,8 +4267,7 @@ class Upgrade:
         if not why and (agent.busy() or math.inf in [*self._clients.values()]) and now < deadline:
             if now > deadline - TICK:
                 agent.refuse("restarting")
-            again = agent.loop.post, (self._proven, why, files, deadline)
-            return threading.Timer(LINGER, *again).start()  # who waits is to be answered
+            return threading.Timer(LINGER, agent.loop.post, (self._proven, why, files, deadline)).start()
         self._proves = False
         if self._asked or files != self._files():
             self.ask()
@@ -4280,9 +4282,8 @@ class Upgrade:
 def serve(config: Config, argv: Sequence[str], written: Callable[[], None]) -> None:
     """Run until stopped. Raises OSError."""
 
-    def connect(agent: Agent) -> Referee | NoReferee:
-        loop = agent.clock.now, agent.loop.post, agent.referee_news
-        return Referee(config, *loop) if config.zookeeper else NoReferee()
+    def connect(a: Agent) -> Referee | NoReferee:
+        return Referee(config, a.clock.now, a.loop.post, a.referee_news) if config.zookeeper else NoReferee()
 
     def stop(number: int, _: object) -> None:
         stops.append(number)

@@ -554,12 +554,11 @@ def test_the_locks_are_below_link_of_the_chroot_and_kazoo_takes_what_check_takes
         assert host.encode("idna") and 0 < port < 65536
 
 
-@table("where", ["file", "environment", "flag"])
+@table("where", ["file", "environment"])
 def test_a_removed_key_is_refused_wherever_it_is_given(tmp_path, monkeypatch, capsys, where):
     (tmp_path / "link.yml").write_text("interface: eth0\n" + "announce_interval: 0" * (where == "file"))
     monkeypatch.setenv("LINK_ANNOUNCE_INTERVAL" if where == "environment" else "X", "0")
-    more = ["--announce-interval", "0"] * (where == "flag")
-    assert link.main(["--check", "--config", str(tmp_path / "link.yml"), *more]) == 2
+    assert link.main(["--check", "--config", str(tmp_path / "link.yml")]) == 2
     assert "announce_interval: is no key any more" in capsys.readouterr().err
 
 
@@ -744,7 +743,8 @@ class Reloaded:
         def run(command: list[str], **_: object) -> SimpleNamespace:
             self.begun.put(1)
             self.goes.wait(10)
-            return SimpleNamespace(returncode=next(left))
+            code = next(left)
+            return SimpleNamespace(returncode=max(0, code), stdout=b"" if code else link.CHECKED)
 
         monkeypatch.setattr(subprocess, "run", run)
         made = link.load(["--config", str(config)])[0]
@@ -821,6 +821,31 @@ def test_a_reload_for_an_interface_that_cannot_serve_is_refused_where_the_presen
     one.upgrade.ask()
     one.turn()
     assert one.agent.execute, "nothing is lost by it"
+
+
+def test_a_reload_to_a_program_that_ends_well_and_has_checked_nothing_is_refused(tmp_path, monkeypatch, caplog):
+    """As one that was cut off while it was copied."""
+    file = tmp_path / "link.yml"
+    file.write_text("interface: eth0\n")
+    one = Reloaded(monkeypatch, file, -1)
+    one.goes.set()
+    one.upgrade.ask()
+    one.turn()
+    assert not one.agent.execute and "it is no whole program" in caplog.text
+
+
+def test_a_reload_for_which_no_thread_is_to_be_had_is_refused_and_the_next_one_is_not(tmp_path, monkeypatch, caplog):
+    file = tmp_path / "link.yml"
+    file.write_text("interface: eth0\n")
+    one = Reloaded(monkeypatch, file, 0)
+    one.goes.set()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError("can't start new thread")))
+        one.upgrade.ask()
+    assert not one.agent.execute and "can't start new thread" in caplog.text
+    one.upgrade.ask()
+    one.turn()
+    assert one.agent.execute
 
 
 def test_a_reload_whose_proof_hangs_is_refused_with_that_reason(tmp_path, monkeypatch, caplog):
@@ -909,7 +934,7 @@ def test_at_a_reload_an_order_that_is_not_done_in_time_is_answered_503_with_the_
         def order_and_prove(*_: object, **__: object) -> SimpleNamespace:
             answers.append(client.submit(host.ask, "POST", f"{MINE}/lock"))
             until(host.agent.busy)
-            return SimpleNamespace(returncode=0)
+            return SimpleNamespace(returncode=0, stdout=link.CHECKED)
 
         host.wait("STANDBY", "node2", "node1")
         host.agent.loop.post(lambda: vars(host.agent.referee).update(obeys=False))
@@ -1292,7 +1317,7 @@ def test_a_session_goes_not_along_into_another_network_namespace_of_the_same_boo
     assert store_in(tmp_path).load_session()["session"] == [1, "ab"]
 
 
-@table("other, same", [({}, 1), ({"interface": "eth1"}, 1), ({"zookeeper": "z:1/x"}, 1), ({"hostname": "node2"}, 0)])
+@table("other, same", [({}, 1), ({"interface": "eth1"}, 1), ({"zookeeper": "y:1"}, 1), ({"hostname": "node2"}, 0)])
 def test_a_session_is_adopted_by_the_same_host_in_the_same_boot_also_of_an_earlier_version(
     tmp_path, monkeypatch, other, same
 ):
@@ -1302,6 +1327,8 @@ def test_a_session_is_adopted_by_the_same_host_in_the_same_boot_also_of_an_earli
         assert store_in(tmp_path, **other).load_session().get("session") == ([1, "ab"] if same else None)
     store_in(tmp_path).save_session({"session": [1, "ab"]}, now=True)
     assert store_in(tmp_path, **other).load_session().get("session") == ([1, "ab"] if same else None)
+    elsewhere = store_in(tmp_path, **{**other, "zookeeper": "z:1/elsewhere"}).load_session()
+    assert not elsewhere.get("session"), "its nodes would stay where nobody looks for them any more"
     monkeypatch.setattr(link, "boot_id", lambda: "another boot")
     assert store_in(tmp_path).load_session() == {}
 
@@ -1668,6 +1695,31 @@ def test_who_loses_neighbour_discovery_alone_is_deaf_for_ipv6_and_not_for_ipv4()
     assert wire.deaf(1.9, ("fd77::99",), "fd77::1") == 0, "the other is all that is left"
 
 
+def test_who_hears_only_what_is_told_to_everybody_is_deaf(tmp_path):
+    """As behind a switch that takes its MAC for another port's: no answer arrives."""
+    one = ByHand(tmp_path, FakeNetwork(arp=True), ips=[{"ip": VIP}], witnesses=["10.0.0.99"])
+    one.network.incoming += [link.Heard(each, OTHER_MAC, CLAIM, False) for each in (ADDRESS, "10.0.0.99")]
+    one.run(0.1)
+    for _ in range(40):
+        one.network.incoming += [link.Heard(ADDRESS, OTHER_MAC[:-1] + b"\x77", ASK, True)]
+        one.run(0.1)
+    assert one.ip()["status"] == "FAILING" and "hears nobody" in one.ip()["reason"] and not one.network.did("add")
+
+
+def test_that_the_host_has_got_the_address_of_an_ip_for_itself_is_news_to_it(tmp_path):
+    one = ByHand(tmp_path, FakeNetwork(arp=True), **WITH_ZOOKEEPER)
+    holder, ours = (link.Contender(f"a__lock__000000000{n}", n, f"node{n}") for n in (2, 1))
+    one.agent.referee.queues[ADDRESS] = holder, ours
+    one.agent.loop.post(one.agent.referee_news, ADDRESS)
+    for turn in range(60):
+        if turn == 50:  # nothing has moved for long: it is not decided on again
+            assert one.ip()["status"] == "STANDBY"
+            one.network.kernel[ipaddress.ip_interface("10.0.0.10/24")] = False
+        one.network.incoming.append(link.Heard(ADDRESS, OTHER_MAC, CLAIM, False))
+        one.run(0.1)
+    assert one.ip()["status"] == "FAILING" and "has the address for itself" in one.ip()["reason"]
+
+
 def test_a_new_ip_is_heard_at_once_and_the_kernel_is_told_the_whole_list_once_for_many(tmp_path):
     one, told = ByHand(tmp_path), list[set[str] | None]()
     one.run(2)
@@ -1964,7 +2016,8 @@ def test_health_tells_that_another_host_has_this_ones_mac_and_that_nobody_is_hea
     one.agent.peers = {"node2": link.Record(MAC.hex(":"), (), ""), "node3": link.Record(OTHER_MAC.hex(":"), (), "")}
     said = f"node2 has this host's MAC {MAC.hex(':')}: give one of them its own"
     assert one.agent.health()["trouble"] == [said] and not one.agent.health()["healthy"]
-    one.agent.peers = {}
+    one.agent.peers["node2"] = link.Record(MAC.hex(":"), (), link.boot_id())
+    assert one.agent.health()["healthy"], "it is another agent of this machine, as on a VLAN"
     one.agent.vips["10.0.0.10"].reason = f"checks fail ({one.agent.hears_nobody})"
     assert one.agent.health()["trouble"] == [one.agent.hears_nobody] and not one.agent.health()["healthy"]
 

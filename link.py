@@ -1093,7 +1093,7 @@ class Referee:
         watch = functools.cache(functools.partial(functools.partial, post, self._fired))  # never two for one node
         self._places: dict[str, _Place] = {"": _Hosts("", f"{config.ensemble[1]}/hosts", watch)}
         self._out: dict[object, tuple[float, str]] = {}  # requests: when each was sent, and what it asks
-        self._later = deque[Callable[[], None]](), deque[Callable[[], None]]()  # until there is room; nothing is out
+        self._later: deque[Callable[[], None]] = deque()  # what does not fit into the window
         self._takes: list[_Place] = []  # where the nodes ahead are to go, in the next transaction
         self._connected, self._confirmed, self._wrong = False, now(), dict[str, str]()
         self.session: tuple[int, bytes] | None = None
@@ -1214,7 +1214,7 @@ class Referee:
         known = logging.DEBUG if self._wrong.get("session") else logging.INFO
         self._connected, again = session is not None, session is not None and self._own == _number(session[0])
         self.session = None if expired else session or self.session
-        for gone in (self._out, *self._later, self._takes, self._hosts.asked):
+        for gone in (self._out, self._later, self._takes, self._hosts.asked):
             gone.clear()
         for place in self._places.values():
             place.busy, place.stale, place.heeded = False, True, False
@@ -1246,11 +1246,10 @@ class Referee:
             place.busy = True
         if not self._connected or self._client.client_id != self.session:
             return  # else kazoo would send it when it is connected again, maybe in another session: too late to be true
-        echo = place and place.heeded and place.at(self._own) == 0 and self._now() < place.listed + TICK  # of our take
-        if len(self._out) >= (1 if echo else self.WINDOW) and call != "sync":  # before listings that wait for its word
-            first, later = place in (None, self._hosts) or place.want is Want.FIRST, self._later[bool(echo)]
+        if len(self._out) >= self.WINDOW and call != "sync":  # that goes before the listings which wait for its word
+            first = place in (None, self._hosts) or place.want is Want.FIRST
             send = functools.partial(self._ask, place, call, *args, then=then, **more)
-            return (later.appendleft if first else later.append)(send)
+            return (self._later.appendleft if first else self._later.append)(send)
         ticket = object()
         self._out[ticket] = (self._now(), call)
         ask = functools.partial(_delete, self._client) if call == "multi" else getattr(self._client, call + "_async")
@@ -1280,8 +1279,8 @@ class Referee:
             place.stale = True
         if place:
             self._next(place)
-        while (self._later[0] and len(self._out) < self.WINDOW) or (self._later[1] and not self._out):
-            (self._later[0] or self._later[1]).popleft()()
+        while self._later and len(self._out) < self.WINDOW:
+            self._later.popleft()()
 
     def _refuse(self, what: str, why: str) -> None:
         if why and why != self._wrong.get(what):
@@ -1332,7 +1331,8 @@ class Referee:
         ahead = queue[: max(0, place.at(self._own))]
         out = mine[1:] if stands else mine  # twice: the answer to a create was lost
         out += [c.node for c in ahead if c.session == self._hosts.dead != 0]  # behind ours it would be alive
-        if place.stale:
+        echo = place.heeded and place.at(self._own) == 0 and self._now() < place.listed + TICK  # of our own deed
+        if place.stale and not (echo and self._out):
             place.stale = False  # not when it is answered: kazoo may tell of a watch before of the listing that set it
             self._ask(place, "get_children", path, then=self._listed, watch=place.watch(place.address, ""))
         elif isinstance(place, _Hosts):
@@ -1798,10 +1798,10 @@ class Network:
 
 
 def reserved(addresses: Mapping[Address, bool]) -> frozenset[str]:
-    """Of those of a host what LinK did not add, and what Linux takes for broadcasts in their networks (RFC 1122)."""
+    """Of those of a host what LinK did not add, and their networks' broadcast addresses (RFC 3021: a /31 has none)."""
     found = [ip for ip, ours in addresses.items() if not ours]
     nets = [ip.network for ip in found if ip.version == 4 and ip.network.prefixlen < 31]
-    return frozenset(map(str, [*(ip.ip for ip in found), *(each for net in nets for each in (net[0], net[-1]))]))
+    return frozenset(map(str, [*(ip.ip for ip in found), *(net.broadcast_address for net in nets)]))
 
 
 def _sysctl(name: str) -> str:
@@ -3922,7 +3922,7 @@ class Config:
     def listen_address(self) -> tuple[str, int]:
         """`listen` as an address (localhost's is 127.0.0.1) and a port. Raises ValueError."""
         host, _, port = self.listen.rpartition(":")
-        host = "127.0.0.1" if host == "localhost" else host.removeprefix("[").removesuffix("]")
+        host = "127.0.0.1" if host == "localhost" else re.sub(r"^\[(.*)]$", r"\1", host)
         with contextlib.suppress(ValueError):
             if ipaddress.ip_address(host) and 0 <= int(port) <= 65535:
                 return host, int(port)
@@ -4180,10 +4180,10 @@ def check(config: Config) -> None:
     warnings += [f"{config.interface}: {trouble}" for trouble in found if trouble]  # the interface may come later
     if (program := config.on_change).startswith("/") and not (os.path.isfile(program) and os.access(program, os.X_OK)):
         warnings.append("on_change: there is no such program, or it may not be executed")
-    with contextlib.suppress(OSError):  # a reload is not to fail where the log's disk is full
-        for warning in warnings:
-            print(f"link.py: warning: {warning}", file=sys.stderr)
-        print(CHECKED.decode(), end="")
+    warned = [(f"link.py: warning: {warning}\n", sys.stderr) for warning in warnings]
+    for text, to in (*warned, (CHECKED.decode(), sys.stdout)):
+        with contextlib.suppress(OSError):  # a reload is not to fail where the log's disk is full
+            print(text, end="", file=to)
 
 
 def lock(config: Config, but: Config | None = None) -> list[int]:
@@ -4239,7 +4239,7 @@ class Upgrade:
         try:
             done = subprocess.run([*self._command, "--check"], stdout=subprocess.PIPE, timeout=3 * LONG, check=False)
             wrong = f"exit code {done.returncode}" if done.returncode else "it is no whole program"
-            why = self._loses(load(self._argv)[0]) if done.stdout.endswith(CHECKED) else wrong
+            why = self._loses(load(self._argv)[0]) if done.returncode == 0 and done.stdout.endswith(CHECKED) else wrong
         except (OSError, subprocess.TimeoutExpired) as error:
             why = str(error)
         except Exception as error:  # the new program may understand what this one does not
@@ -4351,9 +4351,9 @@ def fetch(to: urllib.parse.SplitResult, context: ssl.SSLContext, authorization: 
     """GET what is JSON. Raises OSError, HTTPException, ValueError."""
     if to.scheme not in ("http", "https"):
         raise ValueError("the URL must begin with http:// or https://")
-    connection = http.client.HTTPConnection(to.hostname or "", to.port, timeout=LONG)
+    connection = http.client.HTTPConnection(to.hostname or "", to.port or 80, timeout=LONG)
     if to.scheme == "https":
-        connection = http.client.HTTPSConnection(to.hostname or "", to.port, timeout=LONG, context=context)
+        connection = http.client.HTTPSConnection(to.hostname or "", to.port or 443, timeout=LONG, context=context)
     with contextlib.closing(connection):
         connection.request("GET", to.path.rstrip("/") + path, headers={"Authorization": authorization})
         got = json.load(connection.getresponse())

@@ -2272,7 +2272,7 @@ def test_an_address_that_somebody_is_known_to_have_for_itself_is_refused_by_name
         "10.0.0.254": "a gateway or witness",
         "10.0.0.2/32": "node2",
     }
-    owners |= dict.fromkeys(["10.0.0.1/32", "10.0.0.0/32", "10.0.0.255/32"], "this host, or its network,")
+    owners |= dict.fromkeys(["10.0.0.1/32", "10.0.0.255/32"], "this host, or its network,")
     with Served(tmp_path, **more) as host:
         host.network.gateways = lambda: ["10.0.0.254"]
         host.agent.referee.records["node2"] = link.Record("", ("10.0.0.2",), "")
@@ -2841,6 +2841,20 @@ def test_a_reload_that_is_asked_for_while_the_configuration_is_read_ends_no_agen
             reads.write(json.dumps({"interface": "lo", "state_dir": str(tmp_path)}))
         said = agent.communicate(timeout=20)[0]
     assert agent.returncode == 0 and "configuration OK" in said, said
+
+
+def test_a_check_says_that_all_is_right_also_where_its_warnings_cannot_be_written():
+    """As where the log's disk is full: a reload waits for that word."""
+    environ = {**os.environ, "LINK_FOO": "1"}
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, link.__file__, "--check", "--interface", "lo"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, env=environ, check=True)
+    assert done.stdout.endswith(link.CHECKED)
+
+
+def test_status_finds_the_port_of_an_ipv6_address_that_names_none(capsys):
+    assert link.main(["status", "--url", "http://[::1]"]) == 2
+    assert "Name or service" not in capsys.readouterr().err
 
 
 def test_a_program_under_way_ends_with_the_agent_and_none_begins_after_it(tmp_path):

@@ -2421,7 +2421,7 @@ def test_who_takes_many_ips_at_once_decides_twice_for_each_and_has_them_before_i
         holder.power_off()
         assert w.run(3, until=lambda: len(first.bound) == 100) < 0.5
         assert max(decided.values()) == 2 and len(listed) < 3
-        w.run(1)
+        w.run(3)
         assert len({*listed}) == 100 - had, "each is followed all the same"
 
 
@@ -2477,6 +2477,32 @@ def test_another_spelling_of_the_ensemble_moves_nothing_at_a_rolling_reload(w):
         host.restart(0.2, 3)
     play(w, "vip stays, vip no gap")
     assert w.transitions == 1
+
+
+@story([1], vips=300)
+def test_an_order_after_many_ips_were_taken_waits_for_no_listing_of_others(w, holder, first, second):
+    had = {*first.bound, *second.bound}
+    w.server.slow = 0.08
+    holder.power_off()
+    assert w.run(20, until=lambda: len({*first.bound, *second.bound}) == len(w.vips)) < 20
+    w.run(1.2)
+    taken = [vip for vip in first.bound if vip not in had]
+    busy = [vip for vip in taken if first.agent.referee._places[BARE(vip)].busy]  # they are still being listed
+    ordered = (busy or taken)[-1]
+    first.ask("failover", BARE(ordered))
+    assert w.run(5, until=lambda: ordered in second.bound) < 1
+
+
+@table("witness", [True, False])
+def test_without_zookeeper_who_loses_holder_and_gateway_at_once_takes_the_ip_when_nobody_is_heard_for_long(witness):
+    """A second witness, if there is one, makes it as quick as ever."""
+    with World(1, zookeeper=False, witnesses=[GATEWAY, *["192.0.2.253"] * witness]) as w:
+        w.stations.append(Host(w, "printer", b"\2\0\0\0\0\xfb", {4: "192.0.2.253"}, powered=True))
+        w.begin(*w.hosts, rest=15)
+        holder = w.holder()
+        holder.power_off(), w.gateway.power_off()
+        waited = w.run(13, until=lambda: [host for host in w.binders() if host is not holder])
+        assert waited < 0.5 if witness else 9 < waited < 12
 
 
 @story([1, 2, 3])

@@ -318,7 +318,7 @@ class Cluster:
         assert result.lost <= lost, (result.lost, result.outages)
         assert result.away <= away, result.outages
         assert result.longest(2, 99) <= two, result.bound()
-        assert not quiet or not self.transitions(*vips)
+        assert not quiet or not self.transitions(*vips), self.transitions(*vips)
 
     # logs
 

@@ -748,6 +748,8 @@ def test_a_state_directory_that_fills_up_or_becomes_read_only_moves_nothing_and_
         c.start_afresh(host, ips=[{"ip": vip}])
         wait_until(lambda: c.status(host, vip) == "ACTIVATED", 10, "serves")
         kept = [c.add(host)]
+        told = lambda: json.loads((state / "session.json").read_text())["states"].get(vip)  # noqa: E731
+        wait_until(lambda: told() == "ACTIVATED", 5, "a restart will know it")
         with c.watch(vip, lost=0, quiet=True):
             for how in ("full", "read-only"):
                 if how == "full":

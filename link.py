@@ -90,12 +90,7 @@ PlainAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class LinkError(Exception):
-    """An error to show to the caller: HTTP status and JSON body. But for a 500 or 504 nothing was changed.
-
-    400 the request is wrong (Invalid); 404 no such IP or path; 409 right, but it cannot be done in this state; 503 the
-    agent cannot now (its loop is late, its state directory cannot be written, or it ends: an order may then have been
-    begun); 504 begun, not seen to end in time.
-    """
+    """Status and JSON body for the caller: nothing was changed, but for 500, 504 and, where the agent ends, 503."""
 
     def __init__(self, status: int, message: str, detail: str = "", **more: Any) -> None:
         super().__init__(message)
@@ -1038,9 +1033,8 @@ class _Hosts(_Place):
     def own(self, owner: int, own: int, record: Record) -> bool:
         """Who has our name; whether it is somebody else. `own` is our session.
 
-        The same boot and card (or none was known yet): an earlier process of this host. Else a stranger, or this host
-        before its reboot: a dead one's session ends by itself; a living one, as a restored copy of the machine, keeps
-        the name.
+        The same boot and card, or none known yet: an earlier process of this host. Else a stranger, or this host before
+        its reboot: a dead one's session ends by itself; a living one, as a restored copy, keeps the name.
         """
         self.owner, macs = owner, {record.mac, self.mine.mac} - {""}
         if owner == own:
@@ -1075,11 +1069,11 @@ _NO_ANSWER = ("ConnectionLoss", "SessionExpiredError", "ConnectionClosedError", 
 class Referee:
     """Who *should* have each IP, by kazoo's asynchronous calls; for the loop's thread only, never waits.
 
-    Level-triggered: what is asked is what is wanted against the last listing; every answer ends in `_next`. A request
-    lost with its connection is forgotten, since all is listed anew after each connect. kazoo reports LOST only once it
-    is connected again, and its recipes block while it is not (hence no `Lock` object here): the lease is counted by our
-    own clock, from when the last request was sent that the *leader* has answered (a read is answered by any server,
-    also by one that has lost its leader). Listeners, watches and completions run in kazoo's threads and only post.
+    Level-triggered: asked is what is wanted against the last listing; every answer ends in `_next`. A request lost with
+    its connection is forgotten: all is listed anew after each connect. kazoo reports LOST only when it is connected
+    again, and its recipes block until then: the lease is counted by our own clock, from when the last request was sent
+    that the *leader* answered (a server without a leader answers reads). Listeners, watches and completions run in
+    kazoo's threads, and only post.
     """
 
     WINDOW = 16  # requests out at once, so that kazoo's threads leave the loop some of the interpreter's time
@@ -1468,6 +1462,20 @@ def _number(session: int) -> int:
     return session & (1 << 64) - 1
 
 
+class _Ahead(socket.socket):
+    """Reads many answers at once, and gives them out by parts, as SSLSocket: kazoo asks for head and body of each."""
+
+    rest = b""
+
+    def pending(self) -> int:
+        return len(self.rest)
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        self.rest = self.rest or super().recv(max(size, 4096), flags)
+        got, self.rest = self.rest[:size], self.rest[size:]
+        return got
+
+
 def _kazoo_client(config: Config, session: tuple[int, bytes] | None, said: Callable[[str], object]) -> Any:
     """A client that tries the next server soon, for ever (kazoo: T per server, one hour); its warnings go to `said`."""
     from kazoo.client import KazooClient
@@ -1481,10 +1489,17 @@ def _kazoo_client(config: Config, session: tuple[int, bytes] | None, said: Calla
         """Waits less: a server that is black-holed, or takes a connection and is mute, must not cost the session."""
 
         def create_connection(self, *args: Any, **more: Any) -> Any:
-            return super().create_connection(*args, **{**more, "timeout": min(more["timeout"], patience)})
+            sock = super().create_connection(*args, **{**more, "timeout": min(more["timeout"], patience)})
+            return sock if isinstance(sock, ssl.SSLSocket) else _Ahead(fileno=sock.detach())  # kazoo sets its timeout
 
-        def select(self, *args: Any) -> Any:
-            return super().select(*args[:3], min(args[3], patience))
+        def select(self, reads: Any, writes: Any, _: Any, timeout: float) -> Any:
+            """By poll(2); kazoo makes an epoll(7) each time, and does not see what has been read ahead."""
+            known = {sock.fileno() for sock in reads if getattr(sock, "pending", int)()}
+            poll = select.poll()
+            for sock in (*reads, *writes):
+                poll.register(sock, select.POLLOUT if sock in writes else select.POLLIN)
+            found = known.union(number for number, _ in poll.poll(0 if known else min(timeout, patience) * 1000))
+            return *([sock for sock in socks if sock.fileno() in found] for socks in (reads, writes)), []
 
     retry = KazooRetry(max_tries=-1, delay=0.1, max_delay=0.5, max_jitter=0.3)
     logger = logging.Logger("kazoo", logging.WARNING)
@@ -1537,10 +1552,7 @@ class Netlink:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(2 * TICK), 0))
 
     def ask(self, request: int, flags: int, head: bytes, more: Attributes | None = None) -> list[bytes]:
-        """The bodies of all answers; behind the request's `head` come its attributes.
-
-        Raises OSError, EAGAIN if a dump was torn (NLM_F_DUMP_INTR) five times.
-        """
+        """The bodies of all answers; attributes follow `head`. Raises OSError, EAGAIN if a dump was torn five times."""
         body = head + b"".join(struct.pack(f"2H{len(v)}s0I", 4 + len(v), kind, v) for kind, v in (more or {}).items())
         for _ in range(5):
             self._number += 1
@@ -1574,10 +1586,7 @@ def attributes(data: bytes, at: int = 0) -> Attributes:
 
 
 class Network:
-    """Addresses, link state and frames of one interface, for the loop's thread only.
-
-    rtnetlink(7) for addresses, AF_PACKET sockets for frames (packet(7)). A simulated one has the same methods.
-    """
+    """One interface's link and addresses (rtnetlink(7)) and frames (packet(7)); for the loop's thread only."""
 
     def __init__(self, interface: str) -> None:
         self.name = interface  # as it is called now
@@ -1594,9 +1603,8 @@ class Network:
     def sync(self, listen: bool = True) -> tuple[Link, dict[Address, bool], dict[int, str]]:
         """The link, its addresses (True: LinK added it), and this host's own one per IP version (6: link-local).
 
-        Raises OSError where the kernel could not be asked: an error is not absence. The interface is followed by its
-        index while that lives (a new name makes no new interface), else looked up by name, so one made anew is found.
-        Without `listen` no packet socket is opened, and no capability needed.
+        Raises OSError where the kernel could not be asked: an error is not absence. The interface is followed by index
+        while that lives, else by name, so one made anew is found. Without `listen` no packet socket is opened.
         """
         found = self._netlink.ask(RTM_GETLINK, NLM_F_DUMP, bytes(16), {IFLA_EXT_MASK: RTEXT_FILTER_SKIP_STATS})
         links = {i: (flags, attributes(body, 16)) for body in found for i, flags in [struct.unpack_from("iI", body, 4)]}
@@ -1715,10 +1723,7 @@ class Network:
                 raise
 
     def clear(self, addresses: Collection[Address], lasting: bool = False) -> None:
-        """Remove these addresses, where tagged as ours, from all *other* interfaces. Raises OSError.
-
-        With `lasting` from this one, too, where the kernel will not end them by itself.
-        """
+        """Remove these, if ours, from *other* interfaces; `lasting`: here, too, what never ends. Raises OSError."""
         for index, ip, ours, lifetime in self._bound():
             if ours and ip in addresses and (index != self._index or (lasting and lifetime == FOR_EVER)):
                 self._ask(RTM_DELADDR, ip, index)
@@ -1879,9 +1884,8 @@ class _Probe:
 class Checks:
     """The health checks of one IP: results in a row make a verdict.
 
-    A run that is still out a timeout after the next one was due has failed. If it has not even begun (the pool hangs in
-    other IPs' checks) it says nothing of its service: the verdict stays, unsure, so this host keeps what it has and
-    stands for nothing more. Runs in the loop's thread; the checks themselves run in `pool`, and post.
+    A run that is still out a timeout after the next one was due has failed. One that has not even begun (others hang)
+    says nothing of its service: the verdict stays, unsure, so this host keeps what it has and stands for nothing more.
     """
 
     SPREAD = 0.1  # of the interval: many checks that began together are not to stay together
@@ -1994,10 +1998,7 @@ class Story:
 
 
 class Notices:
-    """Tells `on_change` of each change, one after the other, in a thread of its own: nobody waits for it.
-
-    A URL gets a POST, three times at most; a program is called once, and has half of LONG, as has each answer.
-    """
+    """Tells `on_change` of each change, in order, in a thread of its own: a URL three times at most, a program once."""
 
     MOST = 10000  # that wait; more are dropped, and counted
 
@@ -2153,12 +2154,12 @@ class Vip:
             since = self.at.yielded
         return self.agent.referee.view(self.vip.address, now, since)
 
-    def facts(self, now: float, lock: LockView) -> Facts:
+    def facts(self, now: float, lock: LockView, trouble: str | None = None) -> Facts:
         """Everything that decide() is told."""
         a, at, bound, unknown = self.agent, self.at, self.bound, lock.lock is Lock.UNKNOWN
         wire, link, given = a.wire.view(self.vip.address, now), a.kernel.link, now - at.given[1]
-        heard = wire._asdict()
-        mac, holder = heard.pop("mac"), lock.queue[0] if lock.queue else Contender("", 0, "?")
+        heard, own, holder = wire._asdict(), link.mac.hex(":"), lock.queue[0] if lock.queue else Contender("", 0, "?")
+        mac = heard.pop("mac")
         known = bool(holder.session) and holder.host in a.peers
         foreign = bound and lock.lock is Lock.OTHER and not holder.session  # another program: nobody will answer
         judged = known and not bound and lock.lock in (Lock.OTHER, Lock.WAITING)
@@ -2182,9 +2183,9 @@ class Vip:
             leaving=now - at.leaving if at.leaving is not None else None,
             given=unknown and not bound and at.given[0] == mac and given <= TICK and not self.checks.unsure,
             taken=unknown and at.leaving is not None and mac in self.gave and wire.heard <= TICK,
-            healthy=not self.trouble(now),
+            healthy=not (self.trouble(now) if trouble is None else trouble),
             unsure=self.checks.unsure,
-            rank=sum(r.mac < link.mac.hex(":") for r in a.peers.values() if r.mac) if may else math.inf,
+            rank=sum(r.mac < own for r in a.peers.values() if r.mac) if may else math.inf,
             intent=self.intent,
         )
 
@@ -2193,13 +2194,13 @@ class Vip:
     def reconcile(self, now: float) -> float:
         """The one place from which anything is bound, unbound, joined or left; when it wants to be called again."""
         due, lock = self.checks.begin(now, self.agent.pool, self._post_result), self.lock(now)
-        self._note(lock, now)
-        facts, decide_ = self.facts(now, lock), at_most_one if self.agent.config.at_most_one else decide
+        self._note(lock, not (trouble := self.trouble(now)), now)
+        facts, decide_ = self.facts(now, lock, trouble), at_most_one if self.agent.config.at_most_one else decide
         while (decision := decide_(self.state, facts)).event is not None:
             self._enter(decision.event, decision.reason, now)
         if self.state is State.FAILING and self.checks.judged:  # from the start: no event has led to it
-            self.agent.tell(self, Event.HEALTH_CHECK_FAIL, self.trouble(now) or self.agent.hears_nobody)
-        trouble = self.trouble(now) or ("" if facts.fit else self.agent.hears_nobody)
+            self.agent.tell(self, Event.HEALTH_CHECK_FAIL, trouble or self.agent.hears_nobody)
+        trouble = trouble or ("" if facts.fit else self.agent.hears_nobody)
         self.reason = f"{decision.reason} ({trouble})" if trouble else decision.reason
         if self.bound and not decision.wanted and lock.lock is Lock.WAITING:
             self.at.yielded = now  # the lock that it had is worth nothing until it is confirmed
@@ -2230,20 +2231,21 @@ class Vip:
         record = self.agent.peers.get(lock.queue[0].host) if lock.queue else None
         return bytes.fromhex(record.mac.replace(":", "")) if record else b""
 
-    def _note(self, lock: LockView, now: float) -> None:
+    def _note(self, lock: LockView, fit: bool, now: float) -> None:
         """What is new in the queue, and since when it is as it is."""
         a, at, address, before, self.seen = self.agent, self.at, self.vip.address, self.seen, lock
-        old, new = ([c.node for n, c in enumerate(view.queue) if n != view.place] for view in (before, lock))
-        if lock.queue and lock.place != 0 and (before.place == 0 or new[:1] != old[:1]):
-            a.wire.term(address, self._holder_mac(lock), now)
-            self.story.before = f"; {lock.queue[0].host} had it before"
-        if lock.lock is Lock.MINE and before.queue and not {*new} <= {*old}:
-            self.announce_anew(now)  # who joins may bring clients with stale caches
+        if lock.queue is not before.queue or lock.place != before.place:
+            old, new = ([c.node for n, c in enumerate(view.queue) if n != view.place] for view in (before, lock))
+            if lock.queue and lock.place != 0 and (before.place == 0 or new[:1] != old[:1]):
+                a.wire.term(address, self._holder_mac(lock), now)
+                self.story.before = f"; {lock.queue[0].host} had it before"
+            if lock.lock is Lock.MINE and before.queue and not {*new} <= {*old}:
+                self.announce_anew(now)  # who joins may bring clients with stale caches
         if self.took[0] and any(c.session == self.took[0] and c.node != self.took[1] for c in lock.queue):
             self.took, at.quiet = (0, ""), now + QUIET
             log.warning("vip=%s who was taken for dead lives: no take-over for %.0f s", self.vip.ip, QUIET)
-        wire, bound, fit = a.wire.view(address, now), self.bound, not self.trouble(now)
-        silent = wire.unanswered >= a.config.probe_count > 0 and not a.wire.deaf(now, None, self.vip.address)
+        wire, bound = a.wire.view(address, now), self.bound
+        silent = bound and wire.unanswered >= a.config.probe_count > 0 and not a.wire.deaf(now, None, address)
         if bound and (lock.lock is Lock.MINE or silent or not a.kernel.link.arp):
             at.trusted = now
         asked = not fit or any(now - told <= TICK for told in self.gave.values())
@@ -2337,13 +2339,10 @@ class Vip:
             at.announce = now + max(ANNOUNCE_AT[self.step] - ANNOUNCE_AT[self.step - 1], len(self.agent.vips) / 3000)
 
     def announce_anew(self, now: float, crossed: bool = False) -> None:
-        """Once more from the beginning, at most once a second (RFC 5227, section 2.4, asks for such restraint).
-
-        Where another host's announcement crossed our first one clients may follow it: the second one comes earlier.
-        """
+        """Once more from the beginning, at most once a second (RFC 5227, section 2.4, asks for such restraint)."""
         if self.at.announce < math.inf and ANNOUNCE_AT[self.step - 1] >= TICK:
             self.step, self.at.announce = 0, now
-        elif crossed and self.step == 1:
+        elif crossed and self.step == 1:  # clients may follow the other one: ours comes again, and earlier
             self.at.announce = min(self.at.announce, now + LINGER / 10)
 
     # -- what comes in -----------------------------------------------------------------------------------
@@ -2374,9 +2373,10 @@ class Vip:
 
         Said once a minute while it goes on, as of a host whose agent was stopped and whose kernel keeps the address.
         """
-        at, heard, mac = self.at, now - f.heard, self.agent.wire.view(self.vip.address, now).mac
+        at, heard = self.at, now - f.heard
         if not (self.bound and at.leaving is None and f.other and heard > at.bound + TICK) or f.staying < PATIENCE[-1]:
             return
+        mac = self.agent.wire.view(self.vip.address, now).mac
         new = heard - at.rivalled > (REFRESH + LONG if mac == self.story.rival else TICK)
         at.rivalled, at.rival_since = heard, heard if heard - at.rivalled > 2 * TICK else at.rival_since
         if new or now - at.told >= REFRESH:
@@ -2478,9 +2478,7 @@ _private = functools.partial(os.open, mode=0o600)
 
 
 class Store:
-    """`ips.json`, `ips.journal` (what the operator added; never silently lost); `session.json` (what a restart adopts).
-
-    `history` is for people, a line for each change of an IP's state.
+    """`ips.*` (what the operator added: never silently lost), `session.json` (what a restart adopts), `history`.
 
     Written by a thread of its own, one thing after the other: a disk may stall, and the loop must not. The session is
     bound to this host and this boot: a copied directory gives none away. `trouble`: why it could not be written, or ''.
@@ -4124,10 +4122,7 @@ def set_up_logging(config: Config) -> LogQueue:
 
 
 def load(argv: Sequence[str]) -> tuple[Config, bool]:
-    """The configuration, and whether only to check it; a flag per option that may be seen in a process list.
-
-    Raises ConfigError, or SystemExit for a flag that does not exist (2), --help and --version.
-    """
+    """The configuration, and whether only to check it. Raises ConfigError, SystemExit (--help; a wrong flag: 2)."""
     parser = argparse.ArgumentParser(prog="link.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", metavar="FILE", help="YAML file (default: /etc/link/link.yml if it exists)")
     parser.add_argument("--check", action="store_true", help="validate the configuration and exit: 0 right, 2 wrong")
@@ -4282,16 +4277,16 @@ class Upgrade:
 def serve(config: Config, argv: Sequence[str], written: Callable[[], None]) -> None:
     """Run until stopped. Raises OSError."""
 
-    def connect(a: Agent) -> Referee | NoReferee:
-        return Referee(config, a.clock.now, a.loop.post, a.referee_news) if config.zookeeper else NoReferee()
-
     def stop(number: int, _: object) -> None:
         stops.append(number)
         agent.loop.post(agent.stop)
 
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    agent = Api(config, Network(config.interface), Store(config), connect)
+    make = functools.partial(Referee, config) if config.zookeeper else lambda *_: NoReferee()
+    agent = Api(
+        config, Network(config.interface), Store(config), lambda a: make(a.clock.now, a.loop.post, a.referee_news)
+    )
     clients, stops = dict[Any, float](), list[int]()
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)

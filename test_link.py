@@ -121,7 +121,7 @@ def test_the_file_its_functions_and_classes_are_short_and_no_object_has_many_fie
     wide = {n: count for n, (_, count) in classes.items() if count > 15 and n not in ("Config", "Facts")}  # tables
     times = re.findall(r"^([A-Z_]+) = .*#.*\bseconds\b", text, re.MULTILINE)
     lines = text.count("\n")
-    assert (lines > 4414, long, wide, times[9:]) == (False, {}, {}, []), lines  # the aim is 2,500
+    assert (lines > 4409, long, wide, times[9:]) == (False, {}, {}, []), lines  # the aim is 2,500
 
 
 def test_nobody_asks_whether_there_is_a_zookeeper_and_no_library_is_named_that_is_not_used():

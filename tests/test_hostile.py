@@ -17,6 +17,7 @@ import logging
 import os
 import random
 import re
+import select
 import signal
 import socket
 import ssl
@@ -37,7 +38,7 @@ from hypothesis import HealthCheck, assume, event, example, given, settings
 from hypothesis import strategies as st
 
 import link
-from fakes import ADDRESS, MAC, OTHER_MAC, VIP, ByHand, FakeNetwork, Served, table, until
+from fakes import ADDRESS, MAC, OTHER_MAC, VIP, ByHand, FakeNetwork, Served, config_of, table, until
 from lab import Ear, Lab, reap, run, socket_in, wait_until
 from link import Kind
 from scenarios import QUICK, Cluster
@@ -557,6 +558,43 @@ def test_clients_that_stop_in_the_middle_of_a_handshake_hold_up_nobody(tmp_path,
             with contextlib.closing(http.client.HTTPSConnection(*host.address, timeout=15, context=context)) as client:
                 client.request("GET", "/version")
                 assert client.getresponse().status == 200 and time.monotonic() - asked < 1
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "TLS"])
+def test_what_zookeeper_says_in_one_go_is_read_in_one_go(tmp_path: Path, secure: bool) -> None:
+    """What is in the client's own hands by then makes the socket readable no more: nobody may wait for that."""
+    certificate, answers = new_certificate(tmp_path), b"head" + b"and the body" * 300
+
+    def answer(server: socket.socket) -> None:
+        with contextlib.ExitStack() as stack:
+            client = stack.enter_context(server.accept()[0])
+            client.settimeout(5)
+            if secure:
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                context.load_cert_chain(certificate)
+                client = stack.enter_context(context.wrap_socket(client, server_side=True))
+            client.sendall(answers)
+            client.recv(1)  # stays until the other one goes
+
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+        server.settimeout(5)
+        answered, address = pool.submit(answer, server), server.getsockname()
+        handler = link._kazoo_client(config_of(tmp_path, zookeeper="127.0.0.1:1"), None, print).handler
+        tls = {"use_ssl": True, "verify_certs": False} if secure else {}
+        with handler.create_connection(address, timeout=5, **tls) as client, contextlib.ExitStack() as stack:
+            client.setblocking(False)
+            asked, ask = (stack.enter_context(end) for end in socket.socketpair())  # by which requests are told of
+            ask.send(b"x")
+            assert handler.select([client, asked], [], [], 5)[0][-1] == asked
+            got, rest = b"", []
+            while len(got) < len(answers):
+                wait_until(lambda: client in handler.select([client, asked], [], [], 0)[0])
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    got += client.recv(4)
+                    rest += select.select([client], [], [], 0)[0]
+                    assert asked in handler.select([client, asked], [], [], 0.5)[0]
+            assert (got, rest) == (answers, [])
+        answered.result(5)
 
 
 def new_certificate(folder: Path) -> str:

@@ -391,7 +391,6 @@ def figures(
     starts = [[a for spans in one.bound().values() for a, _ in spans if a > at] for one in each]
     final = [[host for host, b in one.bound(True).items() if b and b[-1][1] >= total.ended] for one in each]
     turns = [client.of(vip).holders for vip in client.vips]
-    answered = min(turn[-1][2] if turn else 0.0 for turn in turns)  # a late answer to the last probe is one, too
 
     def gap(since: float, until: float = NEVER) -> float:
         return max([min(b, until) - max(a, since) for a, b in outages] + [0])
@@ -404,7 +403,7 @@ def figures(
         "away before": gap(0, at),
         "away until the end": gap(at, ended),
         "gap after the end": gap(ended),
-        "all answering": NEVER if answered < client.ended - 0.1 else quiet - at,
+        "all answering": NEVER if quiet > client.ended - 0.1 else quiet - at,
         "clients follow": max(t[-1][1] - at if t and t[-1][0] != victim.name else NEVER for t in turns),
         "moves": max(map(len, turns)) - 1,
         "lost": total.lost + (client.lost if client is not total else 0),
